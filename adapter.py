@@ -1,0 +1,22 @@
+"""The adapter g_θ: visual features -> the LLM's input space (Eq. 1)."""
+
+import torch.nn as nn
+
+
+class Adapter(nn.Module):
+    """LLaVA-1.5's projector: Linear(d_vision -> d_llm), GELU (exact), Linear(d_llm -> d_llm), PyTorch's default init.
+
+    [..., d_vision] -> [..., d_llm]. output_scale multiplies the output.
+    PAPER: for an LLM that scales its embeddings (Gemma: √D), output_scale is that factor, so that visual tokens start
+    on the scale they had in the LLaVA baseline, where the LLM scaled text and image alike. Cosines do not see it.
+    """
+
+    def __init__(self, d_vision, d_llm, output_scale=1.0):
+        super().__init__()
+        self.linear_1 = nn.Linear(d_vision, d_llm)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(d_llm, d_llm)
+        self.output_scale = output_scale
+
+    def forward(self, features):
+        return self.linear_2(self.act(self.linear_1(features))) * self.output_scale

@@ -1,0 +1,103 @@
+"""A tiny world with random weights, built once per test session: every file that a real run would read."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import data
+
+torch.set_num_threads(2)
+SIZE, PATCH, WORDS = 30, 6, ["red", "blue", "green", "dark", "striped", "wall", "sky", "door", "tall", "ocean"]
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+
+
+def tiny_tokenizer(text):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with vision/ llm/ clip/ images/ train.json words.txt; 5 x 5 patches, so that 2 x 2 windows do not fit."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("world")
+    vision = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                                              num_attention_heads=2, image_size=SIZE, patch_size=PATCH))
+    vision.save_pretrained(root / "vision")
+    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN,
+                       image_std=STD).save_pretrained(root / "vision")
+
+    rng = np.random.default_rng(0)
+    samples = []
+    (root / "images").mkdir()
+    for i in range(24):
+        caption = f"a {WORDS[rng.integers(4)]} {WORDS[4 + rng.integers(5)]} beside the {WORDS[rng.integers(10)]} door."
+        pixels = rng.integers(0, 256, (rng.integers(31, 60), rng.integers(31, 60), 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"images/{i}.png")
+        samples.append({"id": str(i), "image": f"{i}.png", "conversations": [
+            {"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": caption}]})
+    (root / "train.json").write_text(json.dumps(samples))
+    (root / "words.txt").write_text("\n".join(WORDS) + "\n")
+
+    tokenizer = tiny_tokenizer(s["conversations"][1]["value"] for s in samples)
+    tokenizer.save_pretrained(root / "llm")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+                                 num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+                                 bos_token_id=0, eos_token_id=1, pad_token_id=2)).save_pretrained(root / "llm")
+
+    config = {"embed_dim": 16, "vision_cfg": {"image_size": SIZE, "patch_size": PATCH, "width": 32, "layers": 3,
+                                              "head_width": 16, "mlp_ratio": 1.5},
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}
+    clip = open_clip.CLIP(**config)
+    (root / "clip").mkdir()
+    save_file(clip.state_dict(), root / "clip/open_clip_model.safetensors")
+    (root / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {
+        "size": SIZE, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def labels(world):
+    """The label store of the tiny world."""
+    from labels import extract
+    extract(str(world / "train.json"), str(world / "images"), str(world / "words.txt"), str(world / "labels"),
+            encoder=str(world / "clip"), path="last", sign=1, n=3)
+    return world / "labels"
+
+
+@pytest.fixture(scope="session")
+def flags(world, labels):
+    """The flags of a short training run in the tiny world, without --out_dir."""
+    return ["--llm", f"{world}/llm", "--vision", f"{world}/vision", "--data", f"{world}/train.json", "--image_folder",
+            f"{world}/images", "--labels", str(labels), "--val_data", f"{world}/train.json", "--val_samples", "4",
+            "--batch_size", "4", "--max_steps", "6", "--val_every", "3", "--save_every", "0", "--workers", "0"]
+
+
+@pytest.fixture
+def samples(world):
+    return data.load_samples(world / "train.json")
