@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from data import IGNORE, LlavaDataset, UserError, cli, load_samples, run_command
-from labels import draw_words, read_words, save_sheet, true_share
+from labels import draw_words, read_words, true_share
 from model import SEAModel, find_adapter
 
 # --------------------------------------------------------------------------------------------------- measures
@@ -137,10 +137,9 @@ def eval_words(model: str, baseline: str = "", words: str = "", truth: str = "",
             results[name]["true"] = true_share(truth, nearest)
         print(name, json.dumps(results[name]))
         mean, std = (torch.tensor(sea.geometry[k])[:, None, None] for k in ("mean", "std"))
-        columns.append([draw_words(dataset[i]["pixels"] * std + mean, sea.grid, nearest[dataset.samples[i]["image"]])
+        columns.append([(dataset[i]["pixels"] * std + mean, nearest[dataset.samples[i]["image"]])
                         for i in range(min(images, len(dataset)))])
-    save_sheet([picture for row in zip(*columns) for picture in row], len(columns), out)
-    print(f"wrote {out}: " + " | ".join(results))
+    draw_words([picture for row in zip(*columns) for picture in row], sea.grid, len(columns), out)
     return results
 
 

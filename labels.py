@@ -9,6 +9,7 @@ Training reads the store; only `extract` needs open_clip. Dimensions as in loss.
 
 import collections
 import colorsys
+import functools
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import UserError, cli, geometry, load_samples, read_image, run_command
@@ -73,12 +74,11 @@ def read_words(path):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as e:
         raise UserError(f"{path}: cannot read the word list ({e.strerror}); make one with labels.py words") from e
-    first = {}
+    seen = set()
     for number, word in enumerate(lines, 1):
-        if not word.strip() or word in first:
-            raise UserError(f"{path}, line {number}: " + (f"{word!r} stands in line {first[word]} already"
-                            if word.strip() else "empty line") + "; remove it")
-        first[word] = number
+        if not word.strip() or word in seen:
+            raise UserError(f"{path}, line {number}: {word!r} is empty or stands above already; remove the line")
+        seen.add(word)
     return lines
 
 
@@ -126,7 +126,7 @@ def patch_embeddings(encoder, pixels, path="last"):
     if hasattr(visual, "trunk"):  # timm
         if path != "value" or getattr(visual.trunk, "attn_pool", None) is None:
             raise UserError(f"--path {path}: a timm tower has only `value`, and only with attention pooling")
-        tokens = visual.trunk.forward_features(pixels)
+        tokens = visual.trunk.forward_features(pixels)[:, visual.trunk.num_prefix_tokens:]
         alone = visual.trunk.forward_head(tokens.flatten(0, 1).unsqueeze(1))  # softmax over one key is 1
         return F.normalize(visual.head(alone).unflatten(0, tokens.shape[:2]), dim=-1)
 
@@ -251,13 +251,10 @@ class LabelStore:
                                 f"{value}; run labels.py extract for this data and vision tower with another --out")
 
 
-class _Pixels(Dataset):
-    def __init__(self, samples, image_folder, geometry):
-        self.samples, self.image_folder, self.geometry = samples, Path(image_folder), geometry
-
-    def __getitem__(self, i):
-        image, crc = read_image(self.image_folder / self.samples[i]["image"])
-        return i, geometry(image, **self.geometry), crc
+def _read_batch(samples, image_folder, geo, rows):
+    """In a worker: the row numbers, their pixels [B, 3, S, S], the CRCs of the files."""
+    images, crcs = zip(*(read_image(Path(image_folder) / samples[i]["image"]) for i in rows))
+    return rows, torch.stack([geometry(image, **geo) for image in images]), crcs
 
 
 def _open_store(folder, meta, words, rows, m):
@@ -305,13 +302,14 @@ def extract(data: str, image_folder: str, words: str, out: str, encoder: str = "
     word_embeds = word_embeddings(clip, words, prompt)
     batches = [list(range(i, min(i + batch_size, len(samples)))) for i in range(0, len(samples), batch_size)]
     todo = [rows for rows in batches if not records["done"][rows].all()]
-    loader = DataLoader(_Pixels(samples, image_folder, geo), batch_sampler=todo, num_workers=workers)
+    loader = DataLoader(range(len(samples)), batch_sampler=todo, num_workers=workers,
+                        collate_fn=functools.partial(_read_batch, samples, image_folder, geo))
     with tqdm(total=len(samples), initial=len(samples) - sum(map(len, todo)), desc="labelling", unit="img") as bar:
-        for rows, pixels, crc in loader:
+        for rows, pixels, crcs in loader:
             patches = patch_embeddings(clip, pixels.to(device), path).flatten(0, 1)
             ids, scores = nearest_words(patches, word_embeds, n, sign, min_score)
             records["ids"][rows] = ids.view(-1, m, n).cpu().numpy().astype(records["ids"].dtype)  # -1 -> 65535
-            records["scores"][rows], records["crc"][rows] = scores.view(-1, m, n).cpu().numpy(), crc.numpy()
+            records["scores"][rows], records["crc"][rows] = scores.view(-1, m, n).cpu().numpy(), crcs
             records.flush()
             records["done"][rows] = True  # only now: a row is marked when all of it is on disk
             bar.update(len(rows))
@@ -325,39 +323,35 @@ def true_share(truth, words):
     truth: a JSON file {image: {kind: {patch: [words that are true]}}}, as toy.py writes it."""
     try:
         truth = json.loads(Path(truth).read_text())
-        hits = collections.defaultdict(list)
-        for image, patch_words in words.items():
-            for kind, patches in truth[image].items():
-                hits[kind] += [patch_words[int(at)] in accepted for at, accepted in patches.items()]
+        judged = [(kind, patch_words[int(at)] in accepted) for image, patch_words in words.items()
+                  for kind, patches in truth[image].items() for at, accepted in patches.items()]
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"--truth {truth}: not a truth file of these images ({e!r})"[:300]) from e
-    return {kind: float(np.mean(hit)) for kind, hit in hits.items()}
+    return {kind: float(np.mean([hit for k, hit in judged if k == kind])) for kind in dict(judged)}
 
 
-def draw_words(pixels, grid, words, cell=56):
-    """pixels [3, S, S] in 0..1 -> a picture with each patch's word on it; equal words have equal colours."""
-    H, W = grid
-    image = Image.fromarray((pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-    image = image.resize((W * cell, H * cell), Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(image, "RGBA")
-    for at, word in enumerate(words):
-        x, y = at % W * cell, at // W * cell
-        hue = int(digest([word]), 16) % 360 / 360
-        tint = [int(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.9, 0.45)]
-        font = ImageFont.load_default(min(cell / 4, 1.7 * cell / max(len(word), 1)))
-        if word:
-            draw.rectangle((x, y + cell * 0.34, x + cell - 2, y + cell * 0.66), fill=(*tint, 190))
-            draw.text((x + cell / 2 - 1, y + cell / 2), word, font=font, fill="white", anchor="mm")
-    return image
+def draw_words(pictures, grid, columns, path, cell=56, gap=12):
+    """Write a sheet of pictures, each with its patches' words on it; equal words have equal colours.
 
-
-def save_sheet(pictures, columns, path, gap=12):
-    """Write pictures of one size as a sheet of so many columns."""
-    w, h = (side + gap for side in pictures[0].size)
-    sheet = Image.new("RGB", (columns * w + gap, -(-len(pictures) // columns) * h + gap), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (gap + i % columns * w, gap + i // columns * h))
+    pictures: list of (pixels [3, S, S] in 0..1, the m words of the patches), grid (H, W).
+    """
+    (H, W), rows = grid, -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (W * cell + gap) + gap, rows * (H * cell + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet, "RGBA")
+    for i, (pixels, words) in enumerate(pictures):
+        left, top = gap + i % columns * (W * cell + gap), gap + i // columns * (H * cell + gap)
+        image = Image.fromarray((pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+        sheet.paste(image.resize((W * cell, H * cell), Image.Resampling.LANCZOS), (left, top))
+        for at, word in enumerate(words):
+            x, y = left + at % W * cell, top + at // W * cell
+            tint = colorsys.hsv_to_rgb(int(digest([word]), 16) % 360 / 360, 0.9, 0.45)
+            font = ImageFont.load_default(min(cell / 4, 1.7 * cell / max(len(word), 1)))
+            if word:
+                draw.rectangle((x, y + cell * 0.34, x + cell - 2, y + cell * 0.66),
+                               fill=(*(int(255 * c) for c in tint), 190))
+                draw.text((x + cell / 2 - 1, y + cell / 2), word, font=font, fill="white", anchor="mm")
     sheet.save(path)
+    print(f"wrote {path}")
 
 
 def show(labels: str, out: str = "labels.png", images: int = 4, truth: str = "", data: str = "",
@@ -381,9 +375,8 @@ def show(labels: str, out: str = "labels.png", images: int = 4, truth: str = "",
     for name in list(best)[:: max(1, len(best) // images)][:images]:
         image, _ = read_image(Path(image_folder or meta["image_folder"]) / name)
         pixels = geometry(image, meta["size"], meta["mode"], mean=(0,) * 3, std=(1,) * 3)
-        pictures.append(draw_words(pixels, meta["grid"], best[name]))
-    save_sheet(pictures, min(2, len(pictures)), out)
-    print(f"wrote {out}")
+        pictures.append((pixels, best[name]))
+    draw_words(pictures, meta["grid"], min(2, len(pictures)), out)
 
 
 def main(argv=None):

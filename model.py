@@ -103,7 +103,7 @@ class SEAModel(nn.Module):
     def from_parts(cls, vision, llm, dtype=torch.float32, tau=1.0):
         """A new model from the names or folders of its parts; the adapter is freshly initialised, in fp32."""
         names = dict(vision=str(vision), llm=str(llm))
-        geometry, tower = vision_geometry(vision), load_vision(vision, dtype)
+        tower, geometry = load_vision(vision, dtype), vision_geometry(vision)
         llm, tokenizer = load_llm(llm, dtype)
         return cls(tower, llm, tokenizer, geometry, names, tau)
 

@@ -356,28 +356,27 @@ def main(argv=None):
         print(f"{len(train_set):,} samples, {steps:,} steps of {global_batch}; trained: "
               f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
               f"{sum(p.numel() for p in model.parameters()):,} parameters -> {out_dir}")
-    bar = tqdm(total=steps, initial=first_step, disable=not main_rank, desc="train")
-    start = time.perf_counter()
-    for step, batches in enumerate(batches_of(train_set, cfg, model, steps, first_step), first_step):
-        metrics = train_step(cfg, model, forward, batches, optimizer, schedule, step, device, autocast)
-        seconds = time.perf_counter() - start
-        seen += metrics["images"]
-        metrics.update(seen=seen, tokens_per_s=metrics.pop("tokens") / seconds,
-                       images_per_s=metrics.pop("images") / seconds)
-        if not math.isfinite(metrics["loss_g"] + metrics.get("loss_a", 0)):
-            raise UserError(f"step {step + 1}: the loss is {metrics['loss_g']}; lower --lr, or use --dtype float32")
-        done = step + 1
-        if val_set and (done % cfg.val_every == 0 or done == steps):
-            metrics.update(validate(model, val_set, device, autocast))
-        if main_rank:
-            bar.update()
-            bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("loss_g", "loss_a", "val_tacs") if k in metrics})
-            if done % cfg.log_every == 0 or done == steps or "val_tacs" in metrics:
-                log.write(json.dumps(metrics) + "\n")
-            if cfg.save_every and done % cfg.save_every == 0:
-                save_checkpoint(out_dir / f"checkpoints/step_{done}", cfg, model, optimizer, schedule, done, seen)
+    with tqdm(total=steps, initial=first_step, disable=not main_rank, desc="train") as bar:
         start = time.perf_counter()
-    bar.close()
+        for step, batches in enumerate(batches_of(train_set, cfg, model, steps, first_step), first_step):
+            metrics = train_step(cfg, model, forward, batches, optimizer, schedule, step, device, autocast)
+            seconds = time.perf_counter() - start
+            seen += metrics["images"]
+            metrics.update(seen=seen, tokens_per_s=metrics.pop("tokens") / seconds,
+                           images_per_s=metrics.pop("images") / seconds)
+            if not math.isfinite(metrics["loss_g"] + metrics.get("loss_a", 0)):
+                raise UserError(f"step {step + 1}: the loss is {metrics['loss_g']}; lower --lr, or use --dtype float32")
+            done = step + 1
+            if val_set and (done % cfg.val_every == 0 or done == steps):
+                metrics.update(validate(model, val_set, device, autocast))
+            if main_rank:
+                bar.update()
+                bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("loss_g", "loss_a", "val_tacs") if k in metrics})
+                if done % cfg.log_every == 0 or done == steps or "val_tacs" in metrics:
+                    log.write(json.dumps(metrics) + "\n")
+                if cfg.save_every and done % cfg.save_every == 0:
+                    save_checkpoint(out_dir / f"checkpoints/step_{done}", cfg, model, optimizer, schedule, done, seen)
+            start = time.perf_counter()
     if main_rank:
         (out_dir / "model").mkdir(exist_ok=True)
         model.save_adapter(out_dir / "model")
@@ -387,9 +386,9 @@ def main(argv=None):
         if cfg.preset == "toy":
             print("Baseline against SEA, over three seeds:\n    python toy.py compare")
     barrier()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     cli(main)
+    if dist.is_initialized():
+        dist.destroy_process_group()

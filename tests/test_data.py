@@ -1,0 +1,174 @@
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+import data
+from data import IGNORE, LlavaDataset, UserError, collate, encode_conversation, geometry, load_samples, micro_batches
+
+
+def sample(value="a red door.", image="0.png", **kwargs):
+    return {"id": "7", "image": image, "conversations": [{"from": "human", "value": "<image>\nDescribe."},
+                                                         {"from": "gpt", "value": value}]} | kwargs
+
+
+# samples
+
+
+def test_json_and_jsonl_hold_the_same_samples(tmp_path):
+    samples = [sample(), sample("a blue door.", "1.png")]
+    (tmp_path / "a.json").write_text(json.dumps(samples))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(s) for s in samples) + "\n")
+    assert load_samples(tmp_path / "a.json") == load_samples(tmp_path / "a.jsonl") == samples
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("a.jsonl", json.dumps(sample()) + "\n{broken\n", r"a.jsonl, line 2: not valid JSON"),
+    ("a.json", '[{"id": 1},\n', r"a.json, line 2: not valid JSON"),
+    ("a.json", "[]", "at least one"),
+    ("a.json", json.dumps([sample(), {"id": "8"}]), r"sample 2: needs \"conversations\""),
+    ("a.json", json.dumps([sample(image=None)]), r"sample 1: needs \"image\""),
+    ("a.json", json.dumps([sample() | {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}]),
+     r"sample 1: each turn"),
+])
+def test_a_malformed_file_is_named_with_its_line_or_sample(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_samples(tmp_path / name)
+
+
+def test_missing_file_and_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="no such data file"):
+        load_samples(tmp_path / "none.json")
+    with pytest.raises(UserError, match="no such image folder"):
+        LlavaDataset([sample()], tmp_path / "none", {}, None, 4)
+
+
+# images
+
+
+@pytest.mark.parametrize("width, height", [(640, 427), (41, 300), (336, 336), (335, 900)])
+def test_square_is_what_clip_and_llava_do(width, height):
+    """Shortest edge to 336 with Pillow's bicubic, the long one rounded down, and the centre cut out. Another
+    implementation of bicubic rounds differently: two of 255 levels are allowed, 0.3 on average."""
+    noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    short = min(width, height)
+    w, h = int(336 * width / short), int(336 * height / short)
+    left, top = (w - 336) // 2, (h - 336) // 2
+    pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + 336, top + 336)))
+    ours = geometry(image, 336, "square", mean, std).permute(1, 2, 0).double().numpy()
+    levels = np.abs((ours * std + mean) * 255 - pixels)
+    assert ours.shape == (336, 336, 3) and levels.max() < 2.01 and levels.mean() < 0.3
+
+
+def test_square_keeps_the_centre_and_squash_keeps_everything():
+    image = Image.new("RGB", (120, 60), "red")
+    image.paste("blue", (30, 0, 90, 60))
+    unit = dict(mean=(0, 0, 0), std=(1, 1, 1))
+    square, squash = geometry(image, 30, "square", **unit), geometry(image, 30, "squash", **unit)
+    assert square[2, :, 2:-2].min() == 1 and square[0, :, 2:-2].max() == 0
+    assert squash[0, :, 0].min() == 1 and squash[2, :, 15].min() == 1 and squash[0, :, -1].min() == 1
+    with pytest.raises(UserError, match="unknown image geometry"):
+        geometry(image, 30, "stretch", **unit)
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    (tmp_path / "text.jpg").write_text("not an image")
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:70])
+    for name in ("text.jpg", "cut.png", "missing.png"):
+        with pytest.raises(UserError, match=name):
+            data.read_image(tmp_path / name)
+
+
+# text
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "llm")
+    data.add_image_token(tokenizer)
+    return tokenizer
+
+
+def test_plain_trains_the_caption_and_its_newline_and_nothing_else(tokenizer):
+    ids, labels = encode_conversation(sample("a red wall."), tokenizer, 25)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert ids[0] == tokenizer.bos_token_id and (ids == image).nonzero().flatten().tolist() == list(range(1, 26))
+    assert tokenizer.decode(ids[labels != IGNORE]) == "a red wall.\n"
+    assert torch.equal(ids[labels != IGNORE], labels[labels != IGNORE]) and tokenizer.eos_token_id not in ids
+    assert "Describe" not in tokenizer.decode(ids)  # the human turn is discarded
+
+
+def test_truncation_cuts_the_caption_and_never_the_image(tokenizer):
+    ids, labels = encode_conversation(sample("a red wall." * 30), tokenizer, 25, max_length=40)
+    assert len(ids) == 40 and (labels != IGNORE).sum() == 14
+    with pytest.raises(UserError, match="no room"):
+        encode_conversation(sample(), tokenizer, 25, max_length=26)
+
+
+@pytest.mark.parametrize("turns", [
+    [("human", "<image>"), ("gpt", "a"), ("human", "b"), ("gpt", "c")], [("gpt", "a"), ("human", "<image>")],
+    [("human", "<image>"), ("gpt", "an <image>")]])
+def test_plain_refuses_what_is_no_caption(tokenizer, turns):
+    with pytest.raises(UserError, match="sample 7"):
+        encode_conversation(sample() | {"conversations": [{"from": f, "value": v} for f, v in turns]}, tokenizer, 25)
+
+
+def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
+    words = ["red", "unheard-of", "wall", "x"]
+    ids, offsets = data.word_tokens(words, tokenizer)
+    assert offsets[0] == 0 and offsets[-1] == len(ids)
+    for j, word in enumerate(words):
+        assert tokenizer.decode(ids[offsets[j]:offsets[j + 1]]) == f" {word}"
+    with pytest.raises(UserError, match="''"):
+        data.word_tokens(["red", ""], type("T", (), {"__call__": lambda self, x, add_special_tokens:
+                                                     {"input_ids": [1] if x == "a" else [[1, 5], [1]]}})())
+
+
+# batches
+
+
+def test_collate_pads_right_and_masks_by_length(tokenizer):
+    items = [dict(index=i, input_ids=torch.full((n,), tokenizer.pad_token_id), labels=torch.arange(n),
+                  pixels=torch.zeros(3, 4, 4)) for i, n in enumerate((3, 5))]
+    batch = collate(items, tokenizer.pad_token_id)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]  # although every id is the pad token
+    assert batch["labels"].tolist() == [[0, 1, 2, IGNORE, IGNORE], [0, 1, 2, 3, 4]] and batch["index"] == [0, 1]
+
+
+def test_micro_batches_visit_every_sample_once_an_epoch():
+    flat = [i for batch in micro_batches(10, 3, 1, steps=10, seed=1) for i in batch]
+    for epoch in range(3):
+        assert sorted(flat[epoch * 10:(epoch + 1) * 10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+
+
+def test_micro_batches_of_ranks_accumulation_and_resuming_are_the_same_samples():
+    rng = random.Random(0)
+    for _ in range(20):
+        n, batch, accum, steps = rng.randint(5, 40), rng.randint(1, 4), rng.randint(1, 3), 6
+        one = list(micro_batches(n, batch, 2 * accum, steps, seed=3))
+        ranks = [list(micro_batches(n, batch, accum, steps, seed=3, rank=r, world=2)) for r in range(2)]
+        assert one == [b for pair in zip(*ranks) for b in pair]
+        whole = [i for b in micro_batches(n, batch * 2 * accum, 1, steps, seed=3) for i in b]
+        assert whole == [i for b in one for i in b]
+        assert list(micro_batches(n, batch, 2 * accum, steps, seed=3, first_step=2)) == one[2 * 2 * accum:]
+
+
+def test_labels_of_other_pixels_are_refused(world, labels, tokenizer, samples, tmp_path):
+    from labels import LabelStore
+    geo = data.vision_geometry(str(world / "vision"))
+    for s in samples:
+        (tmp_path / s["image"]).write_bytes((world / "images" / s["image"]).read_bytes())
+    dataset = LlavaDataset(samples, tmp_path, geo, tokenizer, 25, labels=LabelStore(labels))
+    assert dataset[3]["label_ids"].shape == (25, 3)
+    Image.new("RGB", (40, 40), "red").save(tmp_path / samples[3]["image"])
+    with pytest.raises(UserError, match=f"{samples[3]['image']}: the file has changed"):
+        dataset[3]

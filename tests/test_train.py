@@ -1,0 +1,157 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from data import UserError
+
+ROOT = Path(__file__).parent.parent
+TIMING = {"tokens_per_s", "images_per_s"}
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def weights(out):
+    return load_file(out / "model/adapter.safetensors")
+
+
+def test_a_run_leaves_what_it_promises_and_learns(flags, tmp_path, world):
+    before = {p: p.read_bytes() for p in (world / "llm").iterdir()}
+    train.main([*flags, "--out_dir", str(tmp_path), "--max_steps", "40", "--lr", "0.01"])
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert sum(m["loss_g"] for m in lines[-5:]) < sum(m["loss_g"] for m in lines[:5]) - 1
+    assert sum(m["loss_a"] for m in lines[-5:]) < sum(m["loss_a"] for m in lines[:5])
+    assert all(0 < m["pairs"] <= 10 and 0 <= m["matched"] <= 1 for m in lines)  # 10 words: at most 10 pairs
+    assert all(-1 <= m["val_tacs"] <= 1 for m in lines[2::3]) and lines[-1]["seen"] == 160
+    assert lines[-1]["tau"] != 1 and json.loads((tmp_path / "config.json").read_text())["lr"] == 0.01
+    assert before == {p: p.read_bytes() for p in (world / "llm").iterdir()}
+
+
+def test_schedule_is_linear_warmup_then_cosine_to_zero(flags, tmp_path):
+    train.main([*flags, "--out_dir", str(tmp_path), "--max_steps", "20", "--warmup_ratio", "0.15"])
+    expected = [1e-3 * i / 3 for i in range(3)] + [1e-3 * (1 + math.cos(math.pi * i / 17)) / 2 for i in range(17)]
+    assert [m["lr"] for m in metrics(tmp_path)] == pytest.approx(expected)
+
+
+def test_the_baseline_needs_no_labels_and_has_no_alignment_loss(flags, tmp_path):
+    train.main([*flags, "--out_dir", str(tmp_path), "--sea_weight", "0", "--labels", "nowhere"])
+    assert all("loss_a" not in m and "tau" not in m for m in metrics(tmp_path))
+    assert weights(tmp_path)["log_scale"] == 0
+
+
+def test_accumulation_takes_the_mean_over_all_tokens(flags, tmp_path):
+    """Ragged captions: two micro-batches of 4 and one batch of 8 have the same loss_g and, without SEA, weights."""
+    for name, batch, accum in (("one", 8, 1), ("two", 4, 2)):
+        train.main([*flags, "--out_dir", str(tmp_path / name), "--sea_weight", "0", "--batch_size", str(batch),
+                    "--grad_accum", str(accum)])
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
+        assert a["loss_g"] == pytest.approx(b["loss_g"], rel=1e-5)
+    for name, w in weights(tmp_path / "one").items():
+        assert torch.allclose(w, weights(tmp_path / "two")[name], atol=1e-5), name
+
+
+def test_ten_steps_killed_and_ten_more_are_twenty(flags, tmp_path):
+    """Bit for bit: the run is ended by SIGKILL in its 14th step and resumed from the checkpoint of step 10."""
+    flags = [*flags, "--max_steps", "20", "--save_every", "5", "--grad_accum", "2"]
+    train.main([*flags, "--out_dir", str(tmp_path / "whole")])
+    killed = [*flags, "--out_dir", str(tmp_path / "killed")]
+    code = f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import train
+        step = train.train_step
+        def until_killed(*args):
+            if args[6] == 13:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args)
+        train.train_step = until_killed
+        train.main({killed!r})"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert len(metrics(tmp_path / "killed")) == 13 and not (tmp_path / "killed/model").exists()
+    (tmp_path / "killed/checkpoints/step_15.tmp").mkdir()  # as if the kill had come while a checkpoint was written
+    train.main([*killed, "--resume"])
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    for name, w in weights(tmp_path / "whole").items():
+        assert torch.equal(w, weights(tmp_path / "killed")[name]), name
+
+
+def test_gradient_checkpointing_changes_nothing(flags, tmp_path):
+    for name, extra in (("plain", []), ("checkpointed", ["--grad_checkpoint"])):
+        train.main([*flags, "--out_dir", str(tmp_path / name), *extra])
+    for name, w in weights(tmp_path / "plain").items():
+        assert torch.allclose(w, weights(tmp_path / "checkpointed")[name], atol=1e-6), name
+
+
+def test_bfloat16_keeps_fp32_masters_and_follows_fp32(flags, tmp_path):
+    for name in ("float32", "bfloat16"):
+        train.main([*flags, "--out_dir", str(tmp_path / name), "--dtype", name, "--max_steps", "12"])
+    a, b = (metrics(tmp_path / name) for name in ("float32", "bfloat16"))
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bfloat16").values())
+    assert [m["loss_g"] for m in a] == pytest.approx([m["loss_g"] for m in b], rel=0.02)
+    assert [m["loss_a"] for m in a] == pytest.approx([m["loss_a"] for m in b], rel=0.02)
+    assert a[0]["loss_g"] != b[0]["loss_g"]
+
+
+@pytest.mark.parametrize("extra, message", [
+    (["--batch_size", "0"], "--batch_size must be positive"),
+    (["--sea_weight", "-1"], "--sea_weight must not be negative"),
+    (["--gather_pairs", "--sea_weight", "0"], "--gather_pairs contradicts --sea_weight 0"),
+    (["--gather_pairs"], "--gather_pairs needs several ranks"),
+    (["--resume"], "--resume needs --out_dir"),
+    (["--out_dir", "{tmp}", "--resume"], "no checkpoint to resume from"),
+    (["--out_dir", "{tmp}", "--labels", "{tmp}/none"], "none: no label store"),
+    (["--out_dir", "{tmp}", "--data", "{tmp}/none.json"], "none.json: no such data file"),
+    (["--out_dir", "{tmp}", "--image_folder", "{tmp}/none"], "none: no such image folder"),
+    (["--out_dir", "{tmp}", "--llm", "{tmp}/none.gguf"], "none.gguf: no such GGUF file"),
+    (["--out_dir", "{tmp}", "--vision", "{tmp}"], "cannot be loaded as AutoConfig"),
+])
+def test_bad_flags_and_bad_paths_are_refused_in_one_line(flags, tmp_path, extra, message):
+    with pytest.raises(UserError, match=message) as e:
+        train.main([*flags, *(x.format(tmp=tmp_path) for x in extra)])
+    assert "\n" not in str(e.value)
+
+
+def test_an_unknown_flag_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--learning_rate", "1"])
+    assert "unrecognized arguments: --learning_rate" in capsys.readouterr().err
+
+
+def test_labels_of_other_samples_are_refused_by_field(flags, world, tmp_path):
+    fewer = json.loads((world / "train.json").read_text())[:-1]
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer))
+    with pytest.raises(UserError, match="made with manifest = .*run labels.py extract"):
+        train.main([*flags, "--out_dir", str(tmp_path / "run"), "--data", str(tmp_path / "fewer.json")])
+
+
+def test_a_run_is_never_written_over_and_resuming_checks_the_settings(flags, tmp_path):
+    out = ["--out_dir", str(tmp_path), "--save_every", "3"]
+    train.main([*flags, *out])
+    with pytest.raises(UserError, match="holds a run already"):
+        train.main([*flags, *out])
+    with pytest.raises(UserError, match="this run has lr = 0.5, the checkpoint .* lr = 0.001"):
+        train.main([*flags, *out, "--resume", "--lr", "0.5"])
+    state = tmp_path / "checkpoints/step_6/training.pt"
+    state.write_bytes(state.read_bytes()[:-200])
+    with pytest.raises(UserError, match="step_6: truncated or corrupt"):
+        train.main([*flags, *out, "--resume"])
+
+
+def test_a_command_line_error_is_one_line(flags, tmp_path):
+    """Through the interpreter: from a DataLoader worker too, no traceback reaches the user."""
+    images = tmp_path / "images"
+    images.mkdir()
+    run = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--out_dir", tmp_path / "run", "--workers", "1",
+                          "--image_folder", images], capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: ") and ".png: cannot read the image" in run.stderr
