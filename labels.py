@@ -59,10 +59,12 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 2):
     that occur min_count times or more and are no stop words; frequent ones first, ties by the alphabet. Then the
     words of the file `extra` (such as a 2of12 list)."""
     captions = [turn["value"] for s in load_samples(data) for turn in s["conversations"] if turn["from"] == "gpt"]
-    counts = collections.Counter(w for c in captions for w in re.findall(r"[a-z]+(?:-[a-z]+)*", c.lower()))
-    kept = [w for w, c in counts.items() if c >= min_count and len(w) > 1 and w not in STOP_WORDS]
+    counts = collections.Counter(w for c in captions for w in re.findall(r"[a-z]+(?:[-'][a-z]+)*", c.lower()))
+    kept = [w for w, c in counts.items() if c >= min_count and len(w) > 1 and "'" not in w and w not in STOP_WORDS]
     kept.sort(key=lambda w: (-counts[w], w))
     merged = list(dict.fromkeys(kept + (read_words(extra) if extra else [])))
+    if not merged:
+        raise UserError(f"{data}: no word is left; lower --min_count")
     Path(out).write_text("\n".join(merged) + "\n", encoding="utf-8")
     print(f"{len(counts):,} distinct words in the captions, {len(counts) - len(kept):,} of them dropped (stop words, "
           f"letters, rarer than {min_count}); {len(merged) - len(kept):,} added -> {len(merged):,} words in {out}")
@@ -72,8 +74,10 @@ def read_words(path):
     """One word (or short phrase) a line -> list; errors name the line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        raise UserError(f"{path}: cannot read the word list ({e.strerror}); make one with labels.py words") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot read the word list ({e}); make one with labels.py words") from e
+    if not lines:
+        raise UserError(f"{path}: the word list is empty")
     seen = set()
     for number, word in enumerate(lines, 1):
         if not word.strip() or word in seen:
@@ -126,9 +130,10 @@ def patch_embeddings(encoder, pixels, path="last"):
     if hasattr(visual, "trunk"):  # timm
         if path != "value" or getattr(visual.trunk, "attn_pool", None) is None:
             raise UserError(f"--path {path}: a timm tower has only `value`, and only with attention pooling")
-        tokens = visual.trunk.forward_features(pixels)[:, visual.trunk.num_prefix_tokens:]
-        alone = visual.trunk.forward_head(tokens.flatten(0, 1).unsqueeze(1))  # softmax over one key is 1
-        return F.normalize(visual.head(alone).unflatten(0, tokens.shape[:2]), dim=-1)
+        trunk = visual.trunk
+        tokens = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens:]
+        alone = trunk.attn_pool(tokens.flatten(0, 1).unsqueeze(1))  # softmax over one key is 1
+        return F.normalize(visual.head(trunk.head(trunk.fc_norm(alone))).unflatten(0, tokens.shape[:2]), dim=-1)
 
     if path not in ("last", "value", "vv"):
         raise UserError(f"--path {path}: use last, value or vv")
@@ -156,7 +161,7 @@ def word_embeddings(encoder, words, prompt=PROMPT, batch_size=256):
     """T = h(W) (Eq. 7): words (q strings) -> [q, d], each L2-normalised. prompt: a text with {} for the word."""
     device = next(encoder.parameters()).device
     bar = tqdm(range(0, len(words), batch_size), desc="embedding words", disable=len(words) <= batch_size)
-    texts = ([prompt.format(w) for w in words[i:i + batch_size]] for i in bar)
+    texts = ([prompt.replace("{}", w) for w in words[i:i + batch_size]] for i in bar)
     return torch.cat([encoder.encode_text(encoder.tokenizer(t).to(device), normalize=True) for t in texts])
 
 
@@ -167,8 +172,8 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
     """The top n words of each patch by score = sign * cosine (Eq. 8), exactly; equal scores: the lower id first.
 
     patch_embeds [P, d] and word_embeds [q, d], both L2-normalised, sign +1 or -1 -> ids [P, n] int64, -1 where fewer
-    than n words score above min_score, and scores [P, n] float32, descending (0 beside -1). Works through blocks of
-    the P x q scores, so its memory does not grow with q.
+    than n words score above min_score, and scores [P, n] float32, descending (0 or min_score beside -1). In blocks of
+    the P x q scores: its memory does not grow with q.
     """
     block = 4096
     parts = []
@@ -286,6 +291,8 @@ def extract(data: str, image_folder: str, words: str, out: str, encoder: str = "
         raise UserError("labels.py extract runs as one process")
     if min_score < 0:
         raise UserError("--min_score must not be negative: scores become sampling probabilities (Eq. 9)")
+    if "{}" not in prompt:
+        raise UserError(f"--prompt {prompt!r} has no {{}} for the word")
     samples, words, out = load_samples(data), read_words(words), Path(out)
     path = path or (ENCODERS[encoder][2] if encoder in ENCODERS else "value")
     sign = sign or (-1 if path == "last" else 1)
@@ -372,7 +379,7 @@ def show(labels: str, out: str = "labels.png", images: int = 4, truth: str = "",
         shares = true_share(truth, best)
         print("the best word is true: " + ", ".join(f"{share:.3f} of {kind} patches" for kind, share in shares.items()))
     pictures = []
-    for name in list(best)[:: max(1, len(best) // images)][:images]:
+    for name in list(best)[:: max(1, len(best) // max(images, 1))][: max(images, 1)]:
         image, _ = read_image(Path(image_folder or meta["image_folder"]) / name)
         pixels = geometry(image, meta["size"], meta["mode"], mean=(0,) * 3, std=(1,) * 3)
         pictures.append((pixels, best[name]))
