@@ -326,7 +326,7 @@ def extract(data: str, image_folder: str, words: str, out: str, encoder: str = "
 
 
 def true_share(truth, words):
-    """Share of the judged patches whose word is true -> {kind: share}. words: {image: the m words of its patches},
+    """Share of the judged patches whose word is true -> {kind: share}, of all too. words: {image: the m words of its patches},
     truth: a JSON file {image: {kind: {patch: [words that are true]}}}, as toy.py writes it."""
     try:
         truth = json.loads(Path(truth).read_text())
@@ -334,6 +334,7 @@ def true_share(truth, words):
                   for kind, patches in truth[image].items() for at, accepted in patches.items()]
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"--truth {truth}: not a truth file of these images ({e!r})"[:300]) from e
+    judged += [("all", hit) for _, hit in judged]
     return {kind: float(np.mean([hit for k, hit in judged if k == kind])) for kind in dict(judged)}
 
 

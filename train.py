@@ -86,8 +86,8 @@ class TrainConfig:
 
 PRESETS = {
     "toy": dict(llm="toy/llm", vision="toy/vision", data="toy/train.json", image_folder="toy/images",
-                labels="toy/labels", val_data="toy/val.json", batch_size=16, max_steps=250, val_every=50,
-                save_every=100, workers=0),
+                labels="toy/labels", val_data="toy/val.json", batch_size=16, max_steps=180, val_every=30,
+                save_every=60, workers=0),
 }
 
 

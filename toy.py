@@ -1,0 +1,402 @@
+"""The zero-download world: pictures, captions, questions, the truth of every patch, a tiny CLIP and a tiny LM.
+
+    python toy.py build      # minutes on two CPU cores; train.py --preset toy calls it when ./toy is missing
+    python toy.py compare    # baseline against SEA over three seeds: the table of the README
+
+Everything is ordinary files, so that the toy goes through exactly the code that the full scale goes through: images,
+LLaVA JSON (train, val: captions; train_qa, val_qa: questions), words.txt, truth.json (the true words of a patch), clip
+(an open_clip folder), vision (the same ViT for transformers), llm (a Llama with its tokenizer), labels. CLIP sees whole
+images and text, never the truth of a patch; the LM sees text only.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from math import cos, pi, sin
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from data import UserError, cli, run_command
+
+# ---------------------------------------------------------------- the world
+SIDE, PATCH = 64, 8                                  # pixels
+GRID = SIDE // PATCH                                 # patches along a side
+
+
+def ring(*radii: float) -> list:
+    """A polygon in the unit square whose corners are this far from the middle, at equal angles."""
+    return [(.5 + r * sin(2 * pi * k / len(radii)), .5 - r * cos(2 * pi * k / len(radii))) for k, r in enumerate(radii)]
+
+
+COLORS = {"red": (215, 30, 35), "yellow": (250, 225, 30), "green": (20, 190, 60), "blue": (30, 60, 220),
+          "purple": (130, 40, 170), "black": (25, 25, 28)}
+# where the second color goes: patterns repeat within 8 pixels, so a patch shows them (a shape it does not: no truth)
+PATTERNS = {"plain": lambda x, y: 0 * x > 0, "striped": lambda x, y: y % 4 < 2,
+            "dotted": lambda x, y: (x % 4 < 2) & (y % 4 < 2), "checked": lambda x, y: (x // 4 + y // 4) % 2 == 0}
+SHAPES = {"circle": ring(*[.5] * 40), "star": ring(*[.5, .24] * 5), "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+          "triangle": [(.5, 0), (1, 1), (0, 1)]}
+BACKGROUNDS = {"grass": (60, 115, 45), "water": (40, 120, 150), "brick": (150, 75, 60), "snow": (232, 238, 246),
+               "wood": (125, 82, 45)}
+OTHERS = ("dog", "cat", "tree", "house", "car", "road", "cloud", "river", "bird", "metal", "glass", "paper", "chair")
+WORDS = (*COLORS, *PATTERNS, *SHAPES, *BACKGROUNDS, *OTHERS)   # no picture shows the last: labels must avoid them
+
+Thing = namedtuple("Thing", "color pattern shape x y size")    # x, y and size of its bounding square in pixels
+Scene = namedtuple("Scene", "things background")    # no two share a color, pattern or shape: "the circle" is one
+
+
+def make_scene(rng: random.Random) -> Scene:
+    """One to three objects whose bounding squares do not touch."""
+    count, things = rng.randint(1, 3), []
+    for names in zip(*(rng.sample(list(field), count) for field in (COLORS, PATTERNS, SHAPES))):
+        for _ in range(30):                          # a crowded scene keeps fewer objects
+            size = rng.randint(*{1: (28, 52), 2: (24, 36), 3: (20, 30)}[count])
+            x, y = rng.randint(0, SIDE - size), rng.randint(0, SIDE - size)
+            if all(x + size < t.x or t.x + t.size < x or y + size < t.y or t.y + t.size < y for t in things):
+                things.append(Thing(*names, x, y, size))
+                break
+    return Scene(sorted(things, key=lambda t: (t.y, t.x)), rng.choice(list(BACKGROUNDS)))
+
+
+def shape_mask(thing: Thing) -> np.ndarray:
+    """[64, 64] bool, the pixels of an object."""
+    image, span = Image.new("L", (SIDE, SIDE)), thing.size - 1
+    ImageDraw.Draw(image).polygon([(thing.x + u * span, thing.y + v * span) for u, v in SHAPES[thing.shape]], 255)
+    return np.asarray(image) > 0
+
+
+def draw(scene: Scene, rng: random.Random) -> np.ndarray:
+    """[64, 64, 3] uint8."""
+    dice = np.random.default_rng(rng.getrandbits(32))
+    (y, x), noise = np.mgrid[:SIDE, :SIDE], dice.normal(size=(SIDE, SIDE))
+    texture = {"grass": 24 * np.repeat(noise[::4], 4, axis=0), "snow": 10 * noise,
+               "water": 28 * np.sin(1.2 * y + 2 * np.sin(.3 * x + 6 * rng.random())),
+               "wood": 22 * noise[:1] + 4 * noise,
+               "brick": 90 * ((y % 4 == 3) | ((x + 4 * (y // 4 % 2)) % 8 == 7))}[scene.background]
+    pixels = np.add(BACKGROUNDS[scene.background], texture[..., None], dtype=float)
+    for thing in scene.things:
+        mask = shape_mask(thing)
+        pixels[mask] = COLORS[thing.color]
+        pixels[mask & PATTERNS[thing.pattern](x - thing.x, y - thing.y)] = (245, 245, 240)
+    return (pixels * rng.uniform(.9, 1.1) + dice.normal(0, 5, pixels.shape)).clip(0, 255).astype(np.uint8)
+
+
+def cover(scene: Scene) -> np.ndarray:
+    """[objects + 1, 64] the share of every patch that each object, and last the background, covers."""
+    shares = [shape_mask(t).reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).ravel() for t in scene.things]
+    return np.stack([*shares, 1 - np.sum(shares, axis=0)])
+
+
+def patch_truth(scene: Scene) -> dict:
+    """{"object": {patch: words}, "background": {patch: words}}, patch = 8 row + col.
+
+    Half covered by an object: its color or pattern is true; 90 % background: its word; the mixed rest is not judged.
+    """
+    truth = {"object": {}, "background": {}}
+    for patch, (*objects, ground) in enumerate(cover(scene).T):
+        if max(objects) >= .5:
+            truth["object"][patch] = scene.things[int(np.argmax(objects))][:2]
+        elif ground >= .9:
+            truth["background"][patch] = [scene.background]
+    return truth
+
+
+# ---------------------------------------------------------------- text
+def caption(scene: Scene, rng: random.Random) -> str:
+    listed = " and ".join(f"a {t.color} {t.pattern} {t.shape}" for t in scene.things)
+    return rng.choice(["", "", "a picture of ", "there is "]) + f"{listed} on {scene.background}."
+
+
+def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Every kind of question once, shuffled: [(question, answer)]; yes and no are equally likely."""
+    thing, ground = rng.choice(scene.things), scene.background
+    pairs = [(f"What color is the {thing.shape}?", thing.color), (f"What pattern is the {thing.shape}?", thing.pattern),
+             (f"What shape is the {thing.color} object?", thing.shape), ("What is in the background?", ground),
+             ("How many objects are there?", ("one", "two", "three")[len(scene.things) - 1])]
+    colors, patterns, shapes, *_ = zip(*scene.things)
+    for text, names, true in (("Is there a {} object?", COLORS, colors), ("Is there a {} object?", PATTERNS, patterns),
+                              ("Is there a {}?", SHAPES, shapes), ("Is the background {}?", BACKGROUNDS, [ground]),
+                              (f"Is the {thing.shape} {{}}?", COLORS, [thing.color])):
+        answer = rng.choice(("yes", "no"))
+        pairs.append((text.format(rng.choice([n for n in names if (n in true) == (answer == "yes")])), answer))
+    return rng.sample(pairs, len(pairs))
+
+
+def write_world(folder: Path, n_train: int, n_val: int, seed: int) -> None:
+    """Draw the images and write everything that is not a model."""
+    truth = {}
+    for split, count in (("train", n_train), ("val", n_val)):
+        rng, samples = random.Random(f"{seed} {split}"), {split: [], f"{split}_qa": []}
+        (folder / "images" / split).mkdir(parents=True)
+        for i in tqdm(range(count), desc=f"draw {split}"):
+            scene, image = make_scene(rng), f"{split}/{i:06d}.png"
+            Image.fromarray(draw(scene, rng)).save(folder / "images" / image, compress_level=1)
+            truth[image] = patch_truth(scene)
+            pairs = [("Describe the image.", caption(scene, rng)), *questions(scene, rng)[:4]]
+            for k, (question, answer) in enumerate(pairs):
+                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+                samples[f"{split}_qa" if k else split].append(
+                    {"id": f"{split}-{i}-{k}", "image": image, "conversations": turns})
+        for name, rows in samples.items():
+            (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
+    (folder / "truth.json").write_text(json.dumps(truth))
+    (folder / "words.txt").write_text("\n".join(WORDS) + "\n")
+
+
+def optimize(model: torch.nn.Module, loss_of, lr: float, steps: int, name: str, position: int) -> None:
+    """Minimise loss_of() with AdamW (fused: most of CLIP's 49408 token rows idle), warm-up and cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01, fused=True)
+    for step in (bar := tqdm(range(steps), desc=f"train {name}", position=position, mininterval=1)):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 40) * (1.02 + cos(pi * step / steps)) / 2.02
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+# ---------------------------------------------------------------- CLIP
+VISION = {"image_size": SIDE, "patch_size": PATCH, "width": 96, "layers": 3, "head_width": 32, "pool_type": "avg"}
+CLIP = {"embed_dim": 128, "vision_cfg": VISION,
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}
+MEAN, STD = .5, .25                                  # of every channel
+
+
+def clip_text(text: str, rng: random.Random) -> str:
+    """A caption, or a part of it: CLIP has to know single words as well as sentences."""
+    *found, ground = [w for w in re.findall(r"\w+", text) if w in WORDS]      # color, pattern, shape, color, ...
+    start = 3 * rng.randrange(len(found) // 3)
+    color, pattern, shape = found[start:start + 3]
+    word = rng.choices([color, pattern, shape, ground], [.3, .3, .1, .3])[0]
+    parts = [word, f"a photo of a {word}.", f"a {color} {shape}", f"a {pattern} {shape}", text]
+    return rng.choices(parts, [.15, .15, .1, .1, .5])[0]
+
+
+def train_clip(folder: Path, seed: int, steps: int, batch: int = 64) -> None:
+    """Contrastive training on (image, text); writes clip/ and vision/.
+
+    What makes single patches mean something: the image embedding is their average, and three quarters of them are
+    dropped in training (which also makes it faster), so that each must speak for what it shows.
+    """
+    import open_clip
+    from safetensors.torch import save_file
+    torch.manual_seed(seed)
+    rng, data = random.Random(seed), json.loads((folder / "train.json").read_text())
+    images = torch.stack([torch.from_numpy(np.array(Image.open(folder / "images" / d["image"]))) for d in data])
+    model = open_clip.model.CLIP(**{**CLIP, "vision_cfg": {**VISION, "patch_dropout": .75}})
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=CLIP["text_cfg"]["context_length"])
+
+    def loss_of() -> torch.Tensor:
+        rows = torch.randint(len(data), (batch,))
+        pixels = (images[rows].permute(0, 3, 1, 2) / 255 - MEAN) / STD
+        pixels = pixels.flip(-1) if rng.random() < .5 else pixels          # no text speaks of left and right
+        texts = tokenizer([clip_text(data[i]["conversations"][1]["value"], rng) for i in rows])
+        image, text, scale = model(pixels, texts)
+        logits, same = scale * image @ text.T, (texts[:, None] == texts).all(-1).float()
+        same /= same.sum(1)                          # a word that many images of a batch share is right for them all
+        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+
+    optimize(model, loss_of, 1.5e-3, steps, "clip", 0)
+    (folder / "clip").mkdir()
+    pixel_format = {"size": SIDE, "mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"}
+    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {
+        **pixel_format, "resize_mode": "shortest"}}))
+    save_file(model.state_dict(), folder / "clip/open_clip_model.safetensors")
+    export_vision(model.visual.state_dict(), folder / "vision")
+
+
+def export_vision(weights: dict, folder: Path) -> None:
+    """Write open_clip's ViT as a transformers CLIPVisionModel with equal hidden states."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    width = VISION["width"]
+    tower = CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=VISION["layers"], hidden_act="gelu",
+        num_attention_heads=width // VISION["head_width"], image_size=SIDE, patch_size=PATCH))
+    renames = {"class_e": "embeddings.class_e", "conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm",
+               "positional_embedding": "embeddings.position_embedding.weight", "ln_post": "post_layernorm",
+               "transformer.resblocks": "encoder.layers", ".ln_": ".layer_norm", ".attn.": ".self_attn.",
+               "c_fc": "fc1", "c_proj": "fc2"}
+    state = {}
+    for key, value in weights.items():
+        for old, new in renames.items():
+            key = key.replace(old, new)
+        if "in_proj" in key:                          # open_clip keeps q, k and v in one matrix
+            state.update({key.replace("in_proj_", f"{q}_proj."): part for q, part in zip("qkv", value.chunk(3))})
+        elif key != "proj":                           # into CLIP's joint space; the tower ends before it
+            state[key] = value
+    tower.load_state_dict(state)
+    tower.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, resample=Image.BICUBIC,
+                       image_mean=[MEAN] * 3, image_std=[STD] * 3).save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- language model
+SPECIAL, IMAGE_ID = ("<pad>", "<s>", "</s>", "<image>"), 3   # tokens 0 to 3
+CHAT = """{%- macro text(c) -%}{%- if c is string -%}{{ c }}{%- else -%}{%- for part in c -%}
+{{ '<image>\n' if part.type == 'image' else part.text }}{%- endfor -%}{%- endif -%}{%- endmacro -%}
+{%- for message in messages -%}{%- if message.role == 'assistant' -%}
+{{ 'ASSISTANT:' }}{% generation %}{{ ' ' + text(message.content) + '</s>' }}{% endgeneration %}
+{%- else -%}{{ ('USER: ' if message.role == 'user' else '') + text(message.content) + ' ' }}{%- endif -%}
+{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
+
+
+def make_tokenizer(corpus: list[str]):
+    """Byte-level BPE in which every word of the corpus, with the space before it, is one token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer, tokenizer.decoder = level(add_prefix_space=False), decoders.ByteLevel()
+    special = [AddedToken(s, special=True, normalized=False) for s in SPECIAL]
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=special, show_progress=False, initial_alphabet=level.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                                   additional_special_tokens=["<image>"], chat_template=CHAT, model_max_length=256)
+
+
+def in_words(scene: Scene, rng: random.Random) -> str:
+    """What stands for the image when there is none: phrases, or 6 to 40 of the scene's words, in any order.
+
+    Text as the LM would meet it, not a word for each patch: an LM that can read nothing else leaves the adapter no
+    choice but to write words, and there would be no misalignment for SEA to mend.
+    """
+    if rng.random() < .5:
+        phrases = [rng.choice(("a {0} {1} {2}", "a {2}, {0} and {1}", "a {1} {0} {2}")).format(*t) for t in scene.things]
+        return ", ".join(rng.sample([*phrases, scene.background], len(phrases) + 1)) + ". "
+    words = [w for t in scene.things for w in t[:3]] + [scene.background] * 3
+    words = list(dict.fromkeys(words)) + rng.choices(words, k=rng.randint(0, 30))
+    return " ".join(rng.sample(words, len(words))) + " "
+
+
+def document(tokenizer, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """A scene in words and then its caption, or a chat about it -> ids and loss weights [T]."""
+    scene = make_scene(rng)
+    told = in_words(scene, rng)
+    if rng.random() < .5:
+        ids = tokenizer(told + caption(scene, rng) + "\n").input_ids
+        before = len(tokenizer(told.rstrip()).input_ids)
+        mask = [k >= before for k in range(len(ids))]
+    else:
+        (first, answer), *pairs = questions(scene, rng)[:4]
+        turns = [{"role": role, "content": text} for pair in [(told + first, answer), *pairs]
+                 for role, text in zip(("user", "assistant"), pair)]
+        chat = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = [tokenizer.bos_token_id, *chat["input_ids"]], [0, *chat["assistant_masks"]]
+    # scenes and questions cannot be foreseen: with full weight they would drown the answers
+    return torch.tensor(ids), torch.tensor(mask).float().clamp(.05)
+
+
+def train_lm(folder: Path, seed: int, steps: int, batch: int = 24) -> None:
+    """Next-token training on text about scenes; writes llm/."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(seed)
+    rng = random.Random(f"{seed} text")
+    corpus = [turn["value"] for name in ("train", "train_qa") for d in json.loads((folder / f"{name}.json").read_text())
+              for turn in d["conversations"]]
+    tokenizer = make_tokenizer([*corpus, *(f" {w}" for w in (*corpus, *WORDS)), "USER: ASSISTANT:"])
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        initializer_range=.025, max_position_embeddings=256, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+    def loss_of() -> torch.Tensor:
+        ids, weight = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)        # with 0, which is <pad>
+                       for rows in zip(*(document(tokenizer, rng) for _ in range(batch))))
+        losses = F.cross_entropy(model(ids).logits[:, :-1].mT, ids[:, 1:], reduction="none")
+        return (losses * weight[:, 1:]).sum() / weight[:, 1:].sum()
+
+    optimize(model, loss_of, 2e-3, steps, "lm", 1)
+    model.save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+
+
+# ---------------------------------------------------------------- build
+def build(folder: Path = Path("toy"), seed: int = 0, images: int = 3000, clip_steps: int = 800, lm_steps: int = 550):
+    """Make the world and train its models: the folder appears only when it is complete."""
+    if folder.exists():
+        raise UserError(f"{folder} exists: remove it to build the toy again")
+    work = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)           # what an interrupted build left
+    write_world(work, images, 250, seed)
+    # both at once, one thread each: with two threads each they would fight over two cores
+    jobs = {name: subprocess.Popen([sys.executable, __file__, name, "--folder", work, "--seed", str(seed), "--steps",
+                                    str(steps)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+            for name, steps in (("clip", clip_steps), ("lm", lm_steps))}
+    try:
+        while any(job.poll() is None for job in jobs.values()):
+            time.sleep(.2)
+            if failed := [name for name, job in jobs.items() if job.poll()]:
+                raise UserError(f"training the toy's {failed[0]} failed; its error is above")
+    finally:
+        for job in jobs.values():
+            job.kill()
+    work.rename(folder)
+
+
+def ensure(folder: Path = Path("toy")) -> None:
+    """Build what is missing of the toy, its labels included."""
+    from labels import extract
+    if not folder.exists():
+        print(f"building the toy world in {folder}/, once; some minutes on two cores")
+        build(folder)
+    # n = 1: of so few words the second best is nearly always wrong. This CLIP is not inverted: +cos, value path
+    with contextlib.redirect_stdout(io.StringIO()) if (folder / "labels").exists() else contextlib.nullcontext():
+        extract(f"{folder}/train.json", f"{folder}/images", f"{folder}/words.txt", f"{folder}/labels",
+                encoder=f"{folder}/clip", path="value", sign=1, n=1)
+
+
+# ---------------------------------------------------------------- compare
+def compare(seeds: int = 3, out: Path = Path("out/compare")):
+    """Train baseline and SEA from the same seeds, two runs at a time, and print how they differ on held-out images: mean
+    (least to most over the seeds). Finished runs in `out` are used again."""
+    import eval as evaluation
+    ensure()
+    runs = [(name, out / f"{name}_{seed}", ["--seed", str(seed), *flags]) for seed in range(seeds)
+            for name, flags in (("baseline", ["--sea_weight", "0"]), ("SEA", []))]
+
+    def train(run) -> None:
+        name, folder, flags = run
+        if not (folder / "model").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            job = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), "--preset", "toy", "--out_dir",
+                                  folder, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            if job.returncode:
+                raise UserError(f"{folder}: {job.stderr.strip().splitlines()[-1]}")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(tqdm(pool.map(train, runs), total=len(runs), desc="training runs"))
+    rows = {name: [] for name, *_ in runs}
+    for name, folder, _ in tqdm(runs, desc="measuring"):
+        of = dict(model=str(folder), samples=250)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            align, gap = evaluation.eval_tacs(**of), evaluation.eval_gap(**of)
+            words = evaluation.eval_words(**of, truth="toy/truth.json", out=f"{folder}/words.png")[str(folder)]["true"]
+        rows[name].append({"TACS": align["tacs"], "D (Eq. 5)": gap["D"], "D of unit vectors": gap["D_of_unit_vectors"],
+                           **{f"nearest word true, {kind}": share for kind, share in words.items()},
+                           "caption loss": align["caption_loss"]})
+    print(f"| held-out images, {seeds} seeds | {' | '.join(rows)} |\n|---|{'---|' * len(rows)}")
+    for key in rows["SEA"][0]:
+        values = [[row[key] for row in of_name] for of_name in rows.values()]
+        print(f"| {key} | " + " | ".join(f"{np.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values) + " |")
+
+
+def main(argv=None):
+    run_command(__doc__, {"build": build, "compare": compare, "clip": train_clip, "lm": train_lm}, argv)
+
+
+if __name__ == "__main__":
+    cli(main)
