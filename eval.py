@@ -8,6 +8,8 @@
 run's config.json names for validation, unless flags say otherwise. Dimensions as in loss.py.
 """
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -141,6 +143,28 @@ def eval_words(model: str, baseline: str = "", words: str = "", truth: str = "",
                         for i in range(min(images, len(dataset)))])
     draw_words([picture for row in zip(*columns) for picture in row], sea.grid, len(columns), out)
     return results
+
+
+def compare(runs, truth, samples):
+    """Print a table of the measures above, one column for each kind of run: mean (least to most over its seeds).
+
+    runs {kind: [folder of a run, ...]}, truth: a truth.json, samples: how many of the runs' val_data.
+    """
+    rows = {kind: [] for kind in runs}
+    for kind, folders in runs.items():
+        for folder in tqdm(folders, desc=f"measuring {kind}"):
+            of = dict(model=str(folder), samples=samples)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                pairs, gap = eval_tacs(**of), eval_gap(**of)
+                words = eval_words(**of, truth=truth, out=f"{folder}/words.png")[str(folder)]["true"]
+            rows[kind].append({"TACS": pairs["tacs"], "D": gap["D"], "D of unit vectors": gap["D_of_unit_vectors"],
+                               **{f"nearest word true, {name} patches": share for name, share in words.items()},
+                               "caption loss": pairs["caption_loss"]})
+    print(f"| {samples} held-out images | {' | '.join(rows)} |\n|---|{'---|' * len(rows)}")
+    for measure in next(iter(rows.values()))[0]:
+        values = [[row[measure] for row in kind] for kind in rows.values()]
+        cells = (f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values)
+        print(f"| {measure} | {' | '.join(cells)} |")
 
 
 def main(argv=None):

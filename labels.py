@@ -8,7 +8,6 @@ Training reads the store; only `extract` needs open_clip. Dimensions as in loss.
 """
 
 import collections
-import colorsys
 import functools
 import hashlib
 import json
@@ -172,7 +171,7 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
     """The top n words of each patch by score = sign * cosine (Eq. 8), exactly; equal scores: the lower id first.
 
     patch_embeds [P, d] and word_embeds [q, d], both L2-normalised, sign +1 or -1 -> ids [P, n] int64, -1 where fewer
-    than n words score above min_score, and scores [P, n] float32, descending (0 or min_score beside -1). In blocks of
+    than n words score above min_score, and scores [P, n] float32, descending, padded with 0. Works through blocks of
     the P x q scores: its memory does not grow with q.
     """
     block = 4096
@@ -326,8 +325,8 @@ def extract(data: str, image_folder: str, words: str, out: str, encoder: str = "
 
 
 def true_share(truth, words):
-    """Share of the judged patches whose word is true -> {kind: share}, of all too. words: {image: the m words of its patches},
-    truth: a JSON file {image: {kind: {patch: [words that are true]}}}, as toy.py writes it."""
+    """Share of the judged patches whose word is true -> {kind: share, "all": share}. words: {image: the m words of its
+    patches}, truth: a JSON file {image: {kind: {patch: [words that are true]}}}, as toy.py writes it."""
     try:
         truth = json.loads(Path(truth).read_text())
         judged = [(kind, patch_words[int(at)] in accepted) for image, patch_words in words.items()
@@ -339,7 +338,7 @@ def true_share(truth, words):
 
 
 def draw_words(pictures, grid, columns, path, cell=56, gap=12):
-    """Write a sheet of pictures, each with its patches' words on it; equal words have equal colours.
+    """Write a sheet of pictures, each with its patches' words on it.
 
     pictures: list of (pixels [3, S, S] in 0..1, the m words of the patches), grid (H, W).
     """
@@ -352,11 +351,9 @@ def draw_words(pictures, grid, columns, path, cell=56, gap=12):
         sheet.paste(image.resize((W * cell, H * cell), Image.Resampling.LANCZOS), (left, top))
         for at, word in enumerate(words):
             x, y = left + at % W * cell, top + at // W * cell
-            tint = colorsys.hsv_to_rgb(int(digest([word]), 16) % 360 / 360, 0.9, 0.45)
             font = ImageFont.load_default(min(cell / 4, 1.7 * cell / max(len(word), 1)))
             if word:
-                draw.rectangle((x, y + cell * 0.34, x + cell - 2, y + cell * 0.66),
-                               fill=(*(int(255 * c) for c in tint), 190))
+                draw.rectangle((x, y + cell * 0.34, x + cell - 2, y + cell * 0.66), fill=(20, 20, 30, 170))
                 draw.text((x + cell / 2 - 1, y + cell / 2), word, font=font, fill="white", anchor="mm")
     sheet.save(path)
     print(f"wrote {path}")

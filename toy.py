@@ -245,7 +245,7 @@ def export_vision(weights: dict, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- language model
-SPECIAL, IMAGE_ID = ("<pad>", "<s>", "</s>", "<image>"), 3   # tokens 0 to 3
+SPECIAL = ("<pad>", "<s>", "</s>", "<image>")        # tokens 0 to 3
 CHAT = """{%- macro text(c) -%}{%- if c is string -%}{{ c }}{%- else -%}{%- for part in c -%}
 {{ '<image>\n' if part.type == 'image' else part.text }}{%- endfor -%}{%- endif -%}{%- endmacro -%}
 {%- for message in messages -%}{%- if message.role == 'assistant' -%}
@@ -275,7 +275,8 @@ def in_words(scene: Scene, rng: random.Random) -> str:
     choice but to write words, and there would be no misalignment for SEA to mend.
     """
     if rng.random() < .5:
-        phrases = [rng.choice(("a {0} {1} {2}", "a {2}, {0} and {1}", "a {1} {0} {2}")).format(*t) for t in scene.things]
+        wordings = ("a {0} {1} {2}", "a {2}, {0} and {1}", "a {1} {0} {2}")
+        phrases = [rng.choice(wordings).format(*t) for t in scene.things]
         return ", ".join(rng.sample([*phrases, scene.background], len(phrases) + 1)) + ". "
     words = [w for t in scene.things for w in t[:3]] + [scene.background] * 3
     words = list(dict.fromkeys(words)) + rng.choices(words, k=rng.randint(0, 30))
@@ -361,37 +362,29 @@ def ensure(folder: Path = Path("toy")) -> None:
 
 # ---------------------------------------------------------------- compare
 def compare(seeds: int = 3, out: Path = Path("out/compare")):
-    """Train baseline and SEA from the same seeds, two runs at a time, and print how they differ on held-out images: mean
-    (least to most over the seeds). Finished runs in `out` are used again."""
+    """Train baseline and SEA from the same seeds, two runs at a time, and print the table of eval.compare: finished
+    runs in `out` are used again."""
     import eval as evaluation
     ensure()
-    runs = [(name, out / f"{name}_{seed}", ["--seed", str(seed), *flags]) for seed in range(seeds)
-            for name, flags in (("baseline", ["--sea_weight", "0"]), ("SEA", []))]
+    weights = {"baseline": "0", "SEA": "1"}
 
-    def train(run) -> None:
-        name, folder, flags = run
+    def train(run) -> Path:
+        folder, (name, seed) = out / "_".join(map(str, run)), run
         if not (folder / "model").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            job = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), "--preset", "toy", "--out_dir",
-                                  folder, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            job = subprocess.run(
+                [sys.executable, Path(__file__).with_name("train.py"), "--preset", "toy", "--seed", str(seed),
+                 "--sea_weight", weights[name], "--out_dir", folder],
+                env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
             if job.returncode:
                 raise UserError(f"{folder}: {job.stderr.strip().splitlines()[-1]}")
+        return folder
 
     with ThreadPoolExecutor(2) as pool:
-        list(tqdm(pool.map(train, runs), total=len(runs), desc="training runs"))
-    rows = {name: [] for name, *_ in runs}
-    for name, folder, _ in tqdm(runs, desc="measuring"):
-        of = dict(model=str(folder), samples=250)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            align, gap = evaluation.eval_tacs(**of), evaluation.eval_gap(**of)
-            words = evaluation.eval_words(**of, truth="toy/truth.json", out=f"{folder}/words.png")[str(folder)]["true"]
-        rows[name].append({"TACS": align["tacs"], "D (Eq. 5)": gap["D"], "D of unit vectors": gap["D_of_unit_vectors"],
-                           **{f"nearest word true, {kind}": share for kind, share in words.items()},
-                           "caption loss": align["caption_loss"]})
-    print(f"| held-out images, {seeds} seeds | {' | '.join(rows)} |\n|---|{'---|' * len(rows)}")
-    for key in rows["SEA"][0]:
-        values = [[row[key] for row in of_name] for of_name in rows.values()]
-        print(f"| {key} | " + " | ".join(f"{np.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values) + " |")
+        runs = [(name, seed) for seed in range(seeds) for name in weights]
+        folders = dict(zip(runs, tqdm(pool.map(train, runs), total=len(runs), desc="training runs")))
+    by_name = {name: [folders[name, seed] for seed in range(seeds)] for name in weights}
+    evaluation.compare(by_name, "toy/truth.json", samples=250)
 
 
 def main(argv=None):

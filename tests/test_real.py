@@ -44,13 +44,14 @@ def real(tmp_path_factory):
         (root / "photos" / name).write_bytes(source.read_bytes())
     (root / "train.json").write_text(json.dumps([
         {"id": name, "image": name, "conversations": [{"from": "human", "value": "<image>\nWrite a caption."},
-                                                      {"from": "gpt", "value": text}]} for name, text in CAPTIONS.items()]))
+                                                      {"from": "gpt", "value": text}]}
+        for name, text in CAPTIONS.items()]))
     (root / "extra.txt").write_text("\n".join(WORDS) + "\n")
     gguf.assemble(root / "gemma.gguf")
 
     torch.manual_seed(0)
     config = open_clip.get_model_config("ViT-L-14-336-quickgelu")
-    config["text_cfg"]["layers"] = 2  # depth costs time and tests nothing more; widths, heads and grid are the real ones
+    config["text_cfg"]["layers"] = 2  # depth costs time and tests nothing more; widths, heads, grid are the real ones
     config["vision_cfg"]["layers"] = 4
     clip = open_clip.CLIP(**config)
     (root / "clip").mkdir()
@@ -58,9 +59,10 @@ def real(tmp_path_factory):
     (root / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {
         "size": 336, "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
         "interpolation": "bicubic", "resize_mode": "shortest"}}))
-    CLIPVisionModel(CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4,
-                                     num_attention_heads=16, image_size=336, patch_size=14)).save_pretrained(root / "vision")
-    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(root / "vision")
+    CLIPVisionModel(CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, image_size=336,
+                                     num_attention_heads=16, patch_size=14)).save_pretrained(root / "vision")
+    CLIPImageProcessor(size={"shortest_edge": 336},
+                       crop_size={"height": 336, "width": 336}).save_pretrained(root / "vision")
     return root
 
 
@@ -84,9 +86,9 @@ def test_photographs_through_gemma(real, tmp_path, monkeypatch, capsys):
                 "--val_data", f"{real}/train.json", "--val_samples", "2", "--out_dir", f"{tmp_path}/run",
                 "--batch_size", "2", "--max_steps", "12", "--val_every", "12", "--save_every", "6", "--workers", "0"])
     lines = metrics(tmp_path / "run")
-    for loss in ("loss_g", "loss_a"):
-        values = [line[loss] for line in lines]
-        assert np.isfinite(values).all() and sum(values[-3:]) < 0.9 * sum(values[:3]), loss
+    captions, total = ([m["loss_g"] + weight * m["loss_a"] for m in lines] for weight in (0, 1))
+    assert np.isfinite(total).all() and sum(total[-3:]) < 0.9 * sum(total[:3])
+    assert sum(captions[-3:]) < 0.9 * sum(captions[:3])
     model = models[0][0]
     assert model.grid == (24, 24) and model.adapter.output_scale == pytest.approx(640**0.5, rel=1e-3)
     fresh, tokenizer = load_llm(real / "gemma.gguf")
