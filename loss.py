@@ -1,7 +1,6 @@
 """The SEA loss: sampling labels and patches (Eq. 9), word features (Eq. 10), the alignment loss (Eq. 11).
 
-Tensors in, tensors out: nothing here knows a model, a file or a config. The sum L = L_g + λ L_a (Eq. 13) is
-`total_loss`. Dimensions, here and in every other file:
+Tensors in, tensors out: nothing here knows a model, a file or a config. Dimensions, here and in every other file:
 
     B images   m patches of an image (H x W grid)   n labels of a patch   q words   k window side
     N pairs    M tokens of a word                   d CLIP width          D LLM width

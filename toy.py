@@ -9,8 +9,6 @@ LLaVA JSON (train, val: captions; train_qa, val_qa: questions), words.txt, truth
 images and text, never the truth of a patch; the LM sees text only.
 """
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -350,12 +348,14 @@ def build(folder: Path = Path("toy"), seed: int = 0, images: int = 3000, clip_st
 
 def ensure(folder: Path = Path("toy")) -> None:
     """Build what is missing of the toy, its labels included."""
-    from labels import extract
+    from labels import LabelStore, extract
     if not folder.exists():
         print(f"building the toy world in {folder}/, once; some minutes on two cores")
         build(folder)
-    # n = 1: of so few words the second best is nearly always wrong. This CLIP is not inverted: +cos, value path
-    with contextlib.redirect_stdout(io.StringIO()) if (folder / "labels").exists() else contextlib.nullcontext():
+    try:
+        LabelStore(folder / "labels")
+    except UserError:
+        # n = 1: of so few words the second best is nearly always wrong. Not OpenAI's CLIP: +cos, on the value path
         extract(f"{folder}/train.json", f"{folder}/images", f"{folder}/words.txt", f"{folder}/labels",
                 encoder=f"{folder}/clip", path="value", sign=1, n=1)
 

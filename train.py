@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar
 
 from data import IGNORE, LlavaDataset, UserError, add_flags, cli, collate, load_samples, micro_batches
 from eval import alignment_sums
@@ -133,6 +134,8 @@ def setup_distributed():
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+    if rank() != 0:
+        disable_progress_bar()  # of transformers, which shows one for each file that it loads
     return device
 
 

@@ -68,7 +68,8 @@ def world(tmp_path_factory):
     tokenizer.save_pretrained(root / "llm")
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, num_hidden_layers=2,
                                  num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-                                 initializer_range=0.3, bos_token_id=0, eos_token_id=1, pad_token_id=2)).save_pretrained(root / "llm")
+                                 initializer_range=0.3, bos_token_id=0, eos_token_id=1,
+                                 pad_token_id=2)).save_pretrained(root / "llm")
 
     config = {"embed_dim": 16, "vision_cfg": {"image_size": SIZE, "patch_size": PATCH, "width": 32, "layers": 3,
                                               "head_width": 16, "mlp_ratio": 1.5},
