@@ -336,10 +336,12 @@ def build(folder: Path = Path("toy"), seed: int = 0, images: int = 3000, clip_st
                                     str(steps)], env=os.environ | {"OMP_NUM_THREADS": "1"})
             for name, steps in (("clip", clip_steps), ("lm", lm_steps))}
     try:
-        while any(job.poll() is None for job in jobs.values()):
+        codes = [None]
+        while None in codes and not any(codes):      # until all have ended, or one with an error
             time.sleep(.2)
-            if failed := [name for name, job in jobs.items() if job.poll()]:
-                raise UserError(f"training the toy's {failed[0]} failed; its error is above")
+            codes = [job.poll() for job in jobs.values()]
+        if any(codes):
+            raise UserError(f"training the toy's {' or '.join(jobs)} failed; its error is above")
     finally:
         for job in jobs.values():
             job.kill()

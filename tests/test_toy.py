@@ -98,6 +98,6 @@ def test_the_preset_labels_the_toy_and_trains_on_it(small, monkeypatch, tmp_path
 
 def test_a_build_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(toy.sys, "executable", "false")  # training ends at once, with exit status 1
-    with pytest.raises(UserError, match="training the toy's (clip|lm) failed"):
+    with pytest.raises(UserError, match="training the toy's clip or lm failed"):
         toy.build(tmp_path / "toy", images=4)
     assert not (tmp_path / "toy").exists()
