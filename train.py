@@ -266,7 +266,7 @@ def sample_generators(seed, step, index):
 def train_step(cfg, model, forward, batches, optimizer, schedule, step, device, autocast):
     """One optimizer step over this rank's micro-batches -> dict of metrics, summed or averaged over ranks."""
     trained = sum(int((b["labels"][:, 1:] != IGNORE).sum()) for b in batches)
-    [num_targets] = all_sum([trained], device)
+    num_targets = max(1.0, *all_sum([trained], device))
     lr = schedule.get_last_lr()[0]
     loss_g = loss_a = pairs = matched = torch.zeros((), device=device)
     for i, batch in enumerate(batches):

