@@ -10,6 +10,7 @@ import inspect
 import io
 import itertools
 import json
+import re
 import sys
 import typing
 import zlib
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import AddedToken, AutoImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+from tqdm import tqdm
+from transformers import AddedToken, AutoImageProcessor, CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
 
 IMAGE_TOKEN = "<image>"
 IGNORE = -100  # the label of a position that is not trained, as cross_entropy expects it
@@ -64,42 +66,98 @@ def run_command(doc, functions, argv=None):
 # --------------------------------------------------------------------------------------------------- samples
 
 
-def load_samples(path):
-    """A LLaVA .json or .jsonl file -> list of dicts, checked; errors name the file and the line or the sample."""
+class JsonLines:
+    """A .jsonl file of any size as a sequence: line offsets stay in memory, a line is parsed when it is asked for.
+
+    Opening reads the file once, to check every sample and count its words; errors name the line.
+    """
+
+    def __init__(self, path, captions):
+        self.path, offsets, lengths = path, [0], []
+        with open(path, "rb") as f, tqdm(total=path.stat().st_size, desc=f"reading {path.name}", unit="B",
+                                         unit_scale=True, disable=path.stat().st_size < 2**28) as bar:
+            for number, line in enumerate(f, 1):
+                sample = _parse(line, path, number)
+                lengths.append(_checked_length(sample, captions, f"{path}, line {number}"))
+                offsets.append(offsets[-1] + len(line))
+                bar.update(len(line))
+        self.offsets, self.lengths = np.array(offsets), np.array(lengths)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        with open(self.path, "rb") as f:
+            f.seek(self.offsets[i])
+            return json.loads(f.read(self.offsets[i + 1] - self.offsets[i]))
+
+
+def _parse(text, path, line=None):
+    try:
+        return json.loads(text)
+    except ValueError as e:  # of JSON or of UTF-8
+        raise UserError(f"{path}, line {line or getattr(e, 'lineno', '?')}: not valid JSON "
+                        f"({getattr(e, 'msg', e)}); mend or remove it") from e
+
+
+def load_samples(path, captions=True):
+    """A LLaVA .json or .jsonl file -> sequence of dicts, checked; errors name the file and the line or the sample.
+    captions: each must be an image and its caption, as stage 1 and the labels need it."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such data file (--data takes a LLaVA-format .json or .jsonl)")
-    with open(path, encoding="utf-8") as f:
-        if path.suffix == ".jsonl":
-            samples = []
-            for number, line in enumerate(f, 1):
-                try:
-                    samples.append(json.loads(line))
-                except json.JSONDecodeError as e:
-                    raise UserError(f"{path}, line {number}: not valid JSON ({e.msg}); mend or remove the line") from e
-        else:
-            try:
-                samples = json.load(f)
-            except json.JSONDecodeError as e:
-                raise UserError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from e
-    if not isinstance(samples, list) or not samples:
+    samples = JsonLines(path, captions) if path.suffix == ".jsonl" else _parse(path.read_bytes(), path)
+    if not isinstance(samples, (list, JsonLines)) or not len(samples):
         raise UserError(f"{path}: expected a list of samples, at least one")
-    for number, sample in enumerate(samples, 1):
-        problem = _problem(sample)
-        if problem:
-            raise UserError(f"{path}, sample {number}: {problem}")
+    if isinstance(samples, list):
+        for number, sample in enumerate(samples, 1):
+            _checked_length(sample, captions, f"{path}, sample {number}")
     return samples
 
 
-def _problem(sample):
+def image_of(sample):
+    """The image path of a sample, or None if it is text alone: Cambrian writes '', "None" and "nan" for that."""
+    image = sample.get("image")
+    return image if isinstance(image, str) and image not in ("", "None", "nan") else None
+
+
+def sample_length(sample):
+    """Words of all turns, LLaVA's measure for grouping: positive with an image, negative without."""
+    words = max(1, sum(len(turn["value"].split()) for turn in sample["conversations"]))
+    return words if image_of(sample) else -words
+
+
+def _checked_length(sample, captions, where):
+    problem = _problem(sample, captions)
+    if problem:
+        raise UserError(f"{where}: {problem}")
+    return sample_length(sample)
+
+
+def _problem(sample, captions):
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list) or len(turns) < 2:
         return 'needs "conversations", a list of at least two turns'
     for turn in turns:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("from", "value")):
             return 'each turn of "conversations" needs the strings "from" and "value"'
-    if not isinstance(sample.get("image"), str) or not sample["image"]:
-        return 'needs "image", a path below --image_folder'  # text-only samples belong to stage 2
+    image, marked = sample.get("image"), sum(IMAGE_TOKEN in turn["value"] for turn in turns)
+    if isinstance(image, (list, dict)):
+        return 'holds several images; each sample takes one "image", a path below --image_folder'
+    speakers = [turn["from"] for turn in turns]
+    if captions:
+        if not image_of(sample):
+            return 'needs "image", a path below --image_folder: stage 1 trains on captions of images'
+        if speakers != ["human", "gpt"] or IMAGE_TOKEN in turns[1]["value"]:
+            return f"stage 1 needs one human turn and one gpt turn, {IMAGE_TOKEN} not in the latter"
+    elif marked > bool(image_of(sample)):
+        return f"has {marked} turns with {IMAGE_TOKEN} but {'one' if image_of(sample) else 'no'} image"
+    elif not re.fullmatch("(system )?(gpt )?(human gpt )+(human )?", "".join(s + " " for s in speakers)):
+        return f"turns must alternate between human and gpt, system first if at all, not {', '.join(speakers[:6])}"
+    elif any(IMAGE_TOKEN in turn["value"] for turn in turns if turn["from"] != "human"):
+        return f"{IMAGE_TOKEN} stands in a turn that is not human"
 
 
 def epoch_order(n, seed, epoch):
@@ -107,15 +165,36 @@ def epoch_order(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def micro_batches(n, batch_size, grad_accum, steps, seed=0, first_step=0, rank=0, world=1):
+def grouped_order(lengths, batch_size, micro_batches, seed, epoch):
+    """LLaVA's order for stage 2: every step holds samples of one kind (with image, or text only), shared out so that
+    its micro-batches are about equally long. lengths as of sample_length -> a permutation. What does not fill a step
+    of its own kind comes last, mixed."""
+    rng, step_size, steps, rest = np.random.default_rng([seed, epoch]), batch_size * micro_batches, [], []
+    for kind in (lengths > 0, lengths < 0):
+        index = rng.permutation(np.flatnonzero(kind))
+        whole = len(index) // step_size * step_size
+        steps, rest = [*steps, *index[:whole].reshape(-1, step_size)], [*rest, *index[whole:]]
+    for i, step in enumerate(steps):
+        rows = step[np.argsort(-abs(lengths[step]), kind="stable")].reshape(batch_size, micro_batches)
+        rows[1::2] = rows[1::2, ::-1]  # dealt out to and fro, longest first
+        steps[i] = rows.T.ravel()
+    return np.concatenate([*(steps[i] for i in rng.permutation(len(steps))), rest]).astype(np.int64)
+
+
+def micro_batches(n, batch_size, grad_accum, steps, seed=0, first_step=0, rank=0, world=1, lengths=None):
     """Yield this rank's micro-batches, `grad_accum` lists of sample indices for each step in [first_step, steps).
 
     The samples of a step depend only on (seed, step) and the global batch; micro-batch a of rank r is number
     a * world + r of the step, so ranks and accumulation are interchangeable. Epochs follow on one another without
-    a gap: the last batch of one is filled from the next, and no sample is dropped.
+    a gap: the last batch of one is filled from the next, and no sample is dropped. lengths: grouped_order with them.
     """
     global_batch = batch_size * grad_accum * world
-    order = functools.lru_cache(maxsize=2)(lambda epoch: epoch_order(n, seed, epoch))
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):
+        return (epoch_order(n, seed, epoch) if lengths is None else
+                grouped_order(lengths, batch_size, grad_accum * world, seed, epoch))
+
     for step in range(first_step, steps):
         for a in range(grad_accum):
             start = step * global_batch + (a * world + rank) * batch_size
@@ -138,27 +217,33 @@ def read_image(path):
 
 
 @functools.cache
-def _processor(size, mode, mean, std):
+def image_processor(size, mode, mean, std):
+    """The transformers image processor that does `geometry`; exported models carry it."""
     common = dict(image_mean=mean, image_std=std, resample=Image.Resampling.BICUBIC)
     if mode == "square":
         return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **common)
     if mode == "squash":
         return SiglipImageProcessor(size={"height": size, "width": size}, **common)
-    raise UserError(f"unknown image geometry {mode!r}: use square or squash")
+    if mode == "pad":
+        return LlavaImageProcessor(do_pad=True, size={"shortest_edge": size},
+                                   crop_size={"height": size, "width": size}, **common)
+    raise UserError(f"unknown image geometry {mode!r}: use square, squash or pad")
 
 
 def geometry(image, size, mode, mean, std):
     """The one function that decides which pixels an encoder sees; labelling and training both call it.
 
     PIL image -> [3, size, size] float32, normalised. square: shortest edge to `size`, bicubic, centre crop (CLIP,
-    LLaVA's stage 1). squash: both edges to `size`, no crop (SigLIP). mean, std: three floats each, of the encoder.
+    LLaVA's stage 1). squash: both edges to `size`, no crop (SigLIP). pad: to a square with the mean colour, then to
+    `size` (LLaVA's stage 2). mean, std: three floats each, of the encoder.
     """
-    processor = _processor(size, mode, tuple(mean), tuple(std))
+    processor = image_processor(size, mode, tuple(mean), tuple(std))
     return processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 def vision_geometry(vision):
-    """The geometry keywords of a transformers vision tower, from its preprocessor_config.json."""
+    """The geometry keywords of a transformers vision tower or Llava folder, from its preprocessor or processor config.
+    """
     try:
         p = AutoImageProcessor.from_pretrained(vision)
     except (OSError, ValueError) as e:
@@ -167,37 +252,114 @@ def vision_geometry(vision):
     square = "shortest_edge" in p.size
     # PAPER: a resize edge larger than the crop (DINOv2's 256 for 224) would show another region than the labels saw
     size = p.crop_size["height"] if square else p.size["height"]
-    return dict(size=size, mode="square" if square else "squash", mean=tuple(p.image_mean), std=tuple(p.image_std))
+    mode = "pad" if isinstance(p, LlavaImageProcessor) and p.do_pad else "square" if square else "squash"
+    return dict(size=size, mode=mode, mean=tuple(p.image_mean), std=tuple(p.image_std))
 
 
 # ------------------------------------------------------------------------------------------------------ text
 
 
-def add_image_token(tokenizer):
-    """Make `<image>` one token -> its id. It never reaches the embedding layer: visual tokens take its place."""
+_LLAVA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+                 "detailed, and polite answers to the user's questions.")
+# name -> marker: the token whose presence in a vocabulary selects the format; its end-of-turn token (None: the
+# tokenizer's EOS); the system text where a conversation brings none; a user turn, {s} the system text and its frame,
+# which the first user turn opens with; that frame; what prompts an answer; the answer, {e} the end-of-turn token;
+# what follows. The answer's own part is what is trained.
+CHATS = {
+    "llama-3": ("<|start_header_id|>", "<|eot_id|>", _LLAVA_SYSTEM,
+                "{s}<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+                "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+                "<|start_header_id|>assistant<|end_header_id|>\n\n", "{}{e}", ""),
+    "phi-3": ("<|assistant|>", "<|end|>", "You are a helpful AI assistant.", "{s}<|user|>\n{}<|end|>\n",
+              "<|system|>\n{}<|end|>\n", "<|assistant|>\n", "{}{e}", "\n"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>", "", "<start_of_turn>user\n{s}{}<end_of_turn>\n", "{}\n\n",
+              "<start_of_turn>model\n", "{}{e}\n", ""),
+    "chatml": ("<|im_start|>", "<|im_end|>", "", "{s}<|im_start|>user\n{}<|im_end|>\n",
+               "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>assistant\n", "{}{e}", "\n"),
+    "vicuna": ("", None, _LLAVA_SYSTEM, "{s}USER: {} ", "{} ", "ASSISTANT:", " {}{e}", ""),
+}
+# content: a string, or a list of {"type": "image"} and {"type": "text", "text": ...}; BOS is left to the tokenizer
+_TEMPLATE = """{%- macro text(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}
+{{ "<image>\n" if part.type == "image" else part.text }}{%- endfor -%}{%- endif -%}{%- endmacro -%}
+{%- set given = messages[0].role == "system" -%}
+{%- set system = text(messages[0].content) | trim if given else DEFAULT -%}
+{%- for message in messages -%}{%- if message.role == "user" -%}
+{%- set s = SYSTEM if system and loop.index0 == given | int else "" -%}{{ USER }}
+{%- elif message.role == "assistant" -%}{{ ASSISTANT }}{%- generation -%}{{ ANSWER }}{%- endgeneration -%}{{ AFTER }}
+{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ ASSISTANT }}{%- endif -%}"""
+
+
+def chat_template(name, end):
+    """The Jinja chat template of CHATS[name], `end` its end-of-turn token; {% generation %} marks what is trained."""
+    def quoted(frame, slot=None):  # "a{}b" -> "a" + slot + "b"
+        return re.sub(r"\{(\w?)\}", lambda m: f'" + {dict(s="s", e=json.dumps(end)).get(m[1], slot)} + "',
+                      json.dumps(frame))
+
+    _, _, default, user, system, assistant, answer, after = CHATS[name]
+    message = "text(message.content) | trim"
+    parts = dict(DEFAULT=quoted(default), SYSTEM=quoted(system, "system"), USER=quoted(user, f"({message})"),
+                 ASSISTANT=quoted(assistant), ANSWER=quoted(answer, f"({message})"), AFTER=quoted(after))
+    return re.sub(r"\b[A-Z]+\b", lambda m: parts.get(m[0], m[0]), _TEMPLATE)
+
+
+def prepare_tokenizer(tokenizer):
+    """Give it `<image>` as one token, a chat template that marks answers, a pad token; EOS becomes the end of a turn.
+
+    A template that already marks answers is kept; otherwise the vocabulary tells the format. The image token never
+    reaches the embedding layer in training: visual tokens take its place. -> its id
+    """
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    if not re.search(r"\{%-?\s*generation", tokenizer.chat_template or ""):
+        vocabulary = tokenizer.get_vocab()
+        name = next(name for name, (marker, *_) in CHATS.items() if not marker or marker in vocabulary)
+        tokenizer.eos_token = CHATS[name][1] or tokenizer.eos_token
+        tokenizer.chat_template = chat_template(name, tokenizer.eos_token)
+    if tokenizer.pad_token is None:  # any token will do: masks are made from lengths
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
 
-def encode_conversation(sample, tokenizer, image_tokens, max_length=2048):
-    """LLaVA's `plain` format of stage 1: `<image>` + caption + newline; the human turn is discarded.
+def chat_messages(sample):
+    """LLaVA's turns -> messages of a chat template. As in LLaVA the image comes first in its turn, here in the first
+    one if no turn names it, and an answer before the first question is dropped."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    turns = [dict(role=roles[turn["from"]], content=turn["value"].strip()) for turn in sample["conversations"]]
+    first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
+    turns = [turn for i, turn in enumerate(turns) if i >= first or turn["role"] == "system"]
+    if image_of(sample):
+        marked = [turn for turn in turns if IMAGE_TOKEN in turn["content"]]
+        turn = (marked or [turn for turn in turns if turn["role"] == "user"])[0]
+        turn["content"] = f"{IMAGE_TOKEN}\n{turn['content'].replace(IMAGE_TOKEN, '').strip()}".strip()
+    return turns
 
-    -> ids [L] with the image token `image_tokens` times, labels [L] with IGNORE on BOS and image: the caption and
-    its newline are trained, there is no EOS. Too long a caption is cut at the end, never inside the image.
+
+def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=False):
+    """-> ids [L] with the image token `image_tokens` times, labels [L] with IGNORE where nothing is trained.
+
+    Stage 1, LLaVA's `plain`: `<image>` + caption + newline; the human turn is discarded, caption and newline are
+    trained, there is no EOS. chat, stage 2: the tokenizer's chat template; answers and what ends them are trained.
+    What is too long is cut at the end, and before an image that would be cut in two.
     """
-    turns = sample["conversations"]
-    if [t["from"] for t in turns] != ["human", "gpt"] or IMAGE_TOKEN in turns[1]["value"]:
-        raise UserError(f"sample {sample.get('id', sample['image'])}: stage 1 needs one human turn and one gpt turn, "
-                        f"{IMAGE_TOKEN} not in the latter")
-    ids = tokenizer(IMAGE_TOKEN + turns[1]["value"] + "\n")["input_ids"]
-    at = ids.index(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    if at + image_tokens >= max_length:
-        raise UserError(f"max_length {max_length} leaves no room for text beside {image_tokens} image tokens")
-    ids = (ids[:at] + [ids[at]] * image_tokens + ids[at + 1:])[:max_length]
-    ids = torch.tensor(ids)
-    labels = ids.clone()
-    labels[: at + image_tokens] = IGNORE
-    return ids, labels
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if chat:
+        encoded = tokenizer.apply_chat_template(chat_messages(sample), return_dict=True,
+                                                return_assistant_tokens_mask=True)
+        start = tokenizer("")["input_ids"]  # BOS, for the tokenizers that want one
+        ids, mask = start + encoded["input_ids"], [0] * len(start) + encoded["assistant_masks"]
+    else:
+        ids = tokenizer(IMAGE_TOKEN + sample["conversations"][1]["value"] + "\n")["input_ids"]
+        at = ids.index(image)
+        mask = [0] * (at + 1) + [1] * (len(ids) - at - 1)
+    if image in ids:
+        at = ids.index(image)
+        if not chat and at + image_tokens >= max_length:
+            raise UserError(f"max_length {max_length} leaves no room for text beside {image_tokens} image tokens")
+        ids = ids[:at] + [image] * image_tokens + ids[at + 1:]
+        mask = mask[:at] + [0] * image_tokens + mask[at + 1:]
+        max_length = at if at < max_length < at + image_tokens else max_length
+    ids, mask = torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length])
+    return ids, ids.masked_fill(mask == 0, IGNORE)
 
 
 def word_tokens(words, tokenizer):
@@ -220,24 +382,28 @@ def word_tokens(words, tokenizer):
 
 
 class LlavaDataset(Dataset):
-    """Samples -> tensors. labels: a LabelStore of the same samples (row i is sample i), or None without SEA."""
+    """Samples -> tensors. labels: a LabelStore of the same samples (row i is sample i), or None without SEA. chat: as
+    of encode_conversation. An item without image, or whose image fell to max_length, has no "pixels"."""
 
-    def __init__(self, samples, image_folder, geometry, tokenizer, image_tokens, max_length=2048, labels=None):
+    def __init__(self, samples, image_folder, geometry, tokenizer, image_tokens, max_length=2048, labels=None,
+                 chat=False):
         if not Path(image_folder).is_dir():
             raise UserError(f"{image_folder}: no such image folder (--image_folder)")
         self.samples, self.image_folder, self.geometry = samples, Path(image_folder), geometry
         self.tokenizer, self.image_tokens, self.max_length = tokenizer, image_tokens, max_length
-        self.labels = labels
+        self.labels, self.chat = labels, chat
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
         sample = self.samples[i]
-        path = self.image_folder / sample["image"]
-        image, crc = read_image(path)
-        ids, targets = encode_conversation(sample, self.tokenizer, self.image_tokens, self.max_length)
-        item = dict(index=i, input_ids=ids, labels=targets, pixels=geometry(image, **self.geometry))
+        ids, targets = encode_conversation(sample, self.tokenizer, self.image_tokens, self.max_length, self.chat)
+        item = dict(index=i, input_ids=ids, labels=targets)
+        if (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).any():
+            path = self.image_folder / image_of(sample)
+            image, crc = read_image(path)
+            item["pixels"] = geometry(image, **self.geometry)
         if self.labels is not None:
             if self.labels.records["crc"][i] != crc:
                 raise UserError(f"{path}: the file has changed since it was labelled; run labels.py extract again "
@@ -247,14 +413,15 @@ class LlavaDataset(Dataset):
 
 
 def collate(items, pad_id):
-    """-> index (list of B), input_ids, labels, attention_mask [B, L] (padded right), pixels [B, 3, S, S] and, with
-    SEA, label_ids and label_scores [B, m, n]. The mask comes from lengths: pad and EOS may be the same token."""
+    """-> index (list of B), input_ids, labels, attention_mask [B, L] (padded right), pixels [images, 3, S, S] and,
+    with SEA, label_ids and label_scores [B, m, n]. The mask comes from lengths: pad and EOS may be the same token."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     ids = [item["input_ids"] for item in items]
+    images = [item["pixels"] for item in items if "pixels" in item]
     batch = dict(index=[item["index"] for item in items], input_ids=pad(ids, padding_value=pad_id),
                  labels=pad([item["labels"] for item in items], padding_value=IGNORE),
                  attention_mask=pad([torch.ones_like(x) for x in ids], padding_value=0),
-                 pixels=torch.stack([item["pixels"] for item in items]))
+                 pixels=torch.stack(images) if images else torch.zeros(0, 3, 0, 0))
     for key in ("label_ids", "label_scores"):
         if key in items[0]:
             batch[key] = torch.stack([item[key] for item in items])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import IGNORE, LlavaDataset, UserError, cli, load_samples, run_command
 from labels import draw_words, read_words, true_share
-from model import SEAModel, find_adapter
+from model import SEAModel, find_model
 
 # --------------------------------------------------------------------------------------------------- measures
 
@@ -46,15 +46,19 @@ def nearest_word(x_v, words):
 
 @torch.no_grad()
 def alignment_sums(model, dataset, device):
-    """-> sum of TACS, number of samples, sum of caption loss, number of caption tokens; over a LlavaDataset."""
+    """-> sum of TACS, number of samples with an image, sum of L_g, number of trained tokens; over a LlavaDataset.
+
+    model: a SEAModel, or what DDP or FSDP made of it.
+    """
     total = [0.0, 0, 0.0, 0]
     for item in (dataset[i] for i in range(len(dataset))):
         ids, labels = item["input_ids"].to(device)[None], item["labels"].to(device)[None]
-        pixels = item["pixels"].to(device)[None]
-        caption = labels[0][labels[0] != IGNORE][:-1]  # without the newline that ends it
-        score = tacs(model.encode_image(pixels)[0], model.embed_tokens(caption))
-        loss = model(ids, torch.ones_like(ids), labels, pixels, num_targets=1)["loss_g"]
-        total = [a + b for a, b in zip(total, (float(score), 1, float(loss), len(caption) + 1))]
+        pixels = item["pixels"].to(device)[None] if "pixels" in item else torch.zeros(0)
+        out = model(ids, torch.ones_like(ids), labels, pixels, num_targets=1)
+        x, is_text = out["inputs"][0], labels[0] != IGNORE
+        x_v, x_t = x[out["is_image"][0]], x[is_text][:-1]  # without the newline that ends a caption
+        score = float(tacs(x_v, x_t)) if len(x_v) and len(x_t) else 0.0
+        total = [a + b for a, b in zip(total, (score, int(len(x_v) > 0), float(out["loss_g"]), int(is_text.sum())))]
     return total
 
 
@@ -63,10 +67,12 @@ def alignment_sums(model, dataset, device):
 
 def run_config(path):
     """The config.json of the run that `path` (an out_dir, its model/ or a checkpoint) belongs to."""
-    folder = find_adapter(path).resolve()
+    folder = Path(find_model(path)).resolve()
     for parent in (folder, *folder.parents[:3]):
         if (parent / "config.json").is_file():
-            return json.loads((parent / "config.json").read_text())
+            config = json.loads((parent / "config.json").read_text())
+            if "stage" in config:  # another one is of the Llava model
+                return config
     return {}
 
 

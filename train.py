@@ -1,11 +1,15 @@
-"""Train the adapter with SEA: L = L_g + λ L_a (Eq. 13).
+"""Train with SEA. Stage 1, pretrain: the adapter, L = L_g + λ L_a (Eq. 13). Stage 2, finetune: LLM and adapter, L_g.
 
     python train.py --stage pretrain --preset toy                     a laptop: builds its own world, takes minutes
     python train.py --stage pretrain --preset toy --sea_weight 0      the baseline
+    python train.py --stage finetune --preset toy --init out/toy      stage 2 of either
     torchrun --nproc_per_node=8 train.py --stage pretrain             the paper's run: Vicuna-7B, CLIP-L@336
+    torchrun --nproc_per_node=8 train.py --stage finetune --init out/pretrain --fsdp
+    python train.py --stage finetune --world_size 8 --dry_run         what that would cost; nothing is loaded
 
 Every flag is a field of TrainConfig. A run leaves in --out_dir: config.json, metrics.jsonl (a line per logged step),
-checkpoints/step_N/ (all that --resume needs) and at the end model/.
+checkpoints/step_N/ (all that --resume needs) and at the end model/: the adapter after stage 1, a Hugging Face Llava
+folder after stage 2 or with --export.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,17 +31,22 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
-from data import IGNORE, LlavaDataset, UserError, add_flags, cli, collate, load_samples, micro_batches
+from data import IGNORE, LlavaDataset, UserError, add_flags, cli, collate, load_samples, micro_batches, sample_length
 from eval import alignment_sums
 from labels import LabelStore
 from loss import total_loss
 from model import SEAModel
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp, when plain python saves or loads
 
 # ---------------------------------------------------------------------------------------------------- config
 
@@ -47,71 +57,108 @@ def flag(default, help):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    stage: Literal["pretrain"] = flag("pretrain", "pretrain: the adapter alone is trained, on captions")
-    preset: Literal["", "toy"] = flag("", "toy: the zero-download world, made on first use in ./toy")
+    stage: Literal["pretrain", "finetune"] = flag("pretrain", "pretrain: the adapter, on captions; finetune: the LLM "
+                                                              "too, on conversations")
+    recipe: Literal["llava15", "prime"] = flag("llava15", "llava15: Tables 2 to 5; prime: SEA-PRIME of Table 1")
+    preset: Literal["", "toy", "small"] = flag("", "toy: the zero-download world, made on first use in ./toy; small: "
+                                                   "Qwen3-0.6B on one 24 GB GPU")
     # what
-    llm: str = flag("lmsys/vicuna-7b-v1.5", "causal LM: hub name, folder or GGUF file")
-    vision: str = flag("openai/clip-vit-large-patch14-336", "CLIP, SigLIP or DINOv2 tower: hub name or folder")
-    data: str = flag("data/blip_laion_cc_sbu_558k.json", "captions in LLaVA's format, .json or .jsonl")
+    llm: str = flag("vicuna-7b", "pretrain: causal LM, a short name (see model.py), hub name, folder or GGUF file")
+    vision: str = flag("clip-l-336", "pretrain: CLIP, SigLIP or DINOv2 tower, a short name, hub name or folder")
+    init: str = flag("", "finetune: the out_dir of stage 1, or a Hugging Face Llava folder or hub name")
+    data: str = flag("data/blip_laion_cc_sbu_558k.json", "samples in LLaVA's format, .json or .jsonl")
     image_folder: str = flag("data/images", "where the samples' image paths begin")
+    image_mode: Literal["", "pad"] = flag("", "'' = the tower's own crop or squash, pad = to a square first")
     labels: str = flag("data/labels", "label store of labels.py extract, for the same data and vision tower")
-    val_data: str = flag("", "held-out image-caption pairs for TACS and caption loss; '' = none")
+    val_data: str = flag("", "held-out samples for the loss and, in pretrain, TACS; '' = none")
     val_image_folder: str = flag("", "'' = image_folder")
     out_dir: str = flag("", "'' = out/<stage>, out/<preset>, or the same with a number that is still free")
     # SEA
-    sea_weight: float = flag(1.0, "λ of Eq. 13; 0 is the LLaVA baseline and needs no labels")
+    sea_weight: float = flag(1.0, "λ of Eq. 13, pretrain only; 0 is the LLaVA baseline and needs no labels")
     window: int = flag(2, "k: one patch of each k x k window is drawn")
     tau: float = flag(1.0, "initial temperature of Eq. 11, then learned")
     gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks instead of the rank's own")
-    # recipe, LLaVA-1.5 stage 1: a global batch of 256 = 8 GPUs x 32
+    # recipe, LLaVA-1.5 stage 1: a global batch of 256 = 8 GPUs x 32; RECIPES says what stage 2 changes
     batch_size: int = flag(32, "samples per GPU in one forward pass")
     grad_accum: int = flag(1, "forward passes per optimizer step; multiply it when there are fewer GPUs")
     lr: float = flag(1e-3, "peak learning rate, cosine to 0")
+    tune_vision: bool = flag(False, "finetune: train the vision tower too (Table 4)")
+    vision_lr: float = flag(2e-6, "peak learning rate of the vision tower")
     warmup_ratio: float = flag(0.03, "share of the steps with linear warmup")
-    weight_decay: float = flag(0.0, "of the adapter's matrices; τ never decays")
+    weight_decay: float = flag(0.0, "of all that is trained but τ")
+    clip_grad: float = flag(0.0, "largest norm of the gradient; 0 = no clipping, as LLaVA")
     epochs: float = flag(1.0, "passes over the data")
     max_steps: int = flag(0, "steps instead of epochs; 0 = by epochs")
     max_length: int = flag(2048, "positions per sample, image included")
     seed: int = flag(0, "of initialisation, order and sampling")
     # machine
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of frozen weights and autocast; bfloat16 on GPUs")
-    grad_checkpoint: bool = flag(False, "recompute the LLM's activations in backward: less memory, more time")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of frozen weights, autocast, export; bf16 on GPUs")
+    fsdp: bool = flag(False, "shard the model over the ranks (FSDP2) instead of copying it (DDP)")
+    grad_checkpoint: bool = flag(False, "recompute activations in backward: less memory, more time")
+    compile: bool = flag(False, "torch.compile each transformer block of the LLM")
     workers: int = flag(4, "image-decoding processes per rank")
     # log
     log_every: int = flag(1, "steps per line of metrics.jsonl")
     val_every: int = flag(100, "steps between evaluations on val_data; the last step always is one")
-    val_samples: int = flag(100, "pairs of val_data to use")
+    val_samples: int = flag(100, "samples of val_data to use")
     save_every: int = flag(500, "steps between checkpoints; 0 = none")
+    keep: int = flag(0, "how many checkpoints stay on disk, the newest; 0 = all")
     resume: bool = flag(False, "go on from the newest checkpoint in out_dir")
+    export: bool = flag(False, "pretrain: write model/ as a Hugging Face Llava folder too, as finetune always does")
+    dry_run: bool = flag(False, "print what the run would cost and stop; nothing is loaded or written")
+    world_size: int = flag(0, "dry_run: the number of GPUs; 0 = of this launch")
 
 
+# What a recipe changes, by stage. A global batch of 128 = 8 GPUs x 16 in stage 2.
+_FINETUNE = dict(llm="", vision="", init="out/pretrain", sea_weight=0.0, labels="", image_mode="pad", batch_size=16,
+                 lr=2e-5, grad_checkpoint=True, keep=1)
+RECIPES = {
+    ("llava15", "pretrain"): {},
+    ("llava15", "finetune"): dict(_FINETUNE, data="data/llava_v1_5_mix665k.json"),
+    # PAPER: SEA-PRIME "following LLaVA's hyperparameters", which are per sample those of Cambrian-1 (lr ~ √batch)
+    ("prime", "pretrain"): dict(vision="siglip-384", data="data/alignment_2.5m.jsonl"),
+    ("prime", "finetune"): dict(_FINETUNE, data="data/Cambrian7M_withsystemprompt.jsonl", tune_vision=True),
+}
+_TOY = dict(image_folder="toy/images", batch_size=16, max_steps=180, val_every=30, save_every=60, workers=0)
+_SMALL = dict(batch_size=8, grad_checkpoint=True)
 PRESETS = {
-    "toy": dict(llm="toy/llm", vision="toy/vision", data="toy/train.json", image_folder="toy/images",
-                labels="toy/labels", val_data="toy/val.json", batch_size=16, max_steps=180, val_every=30,
-                save_every=60, workers=0),
+    ("toy", "pretrain"): dict(_TOY, llm="toy/llm", vision="toy/vision", data="toy/train.json", labels="toy/labels",
+                              val_data="toy/val.json"),
+    ("toy", "finetune"): dict(_TOY, init="out/toy", data="toy/train_qa.json", val_data="toy/val_qa.json", lr=3e-4,
+                              image_mode="", grad_checkpoint=False),
+    ("small", "pretrain"): dict(_SMALL, llm="qwen3-0.6b", grad_accum=32),
+    ("small", "finetune"): dict(_SMALL, init="out/small", grad_accum=16),
 }
 
 
 def parse_config(argv=None):
-    """Flags -> TrainConfig: a preset fills in what the flags leave open; what contradicts itself is refused."""
+    """Flags -> TrainConfig: recipe and preset fill in what the flags leave open; contradictions are refused."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, inspect.signature(TrainConfig), **{f.name: f.metadata["help"] for f in
                                                          dataclasses.fields(TrainConfig)})
-    preset = PRESETS.get(parser.parse_args(argv).preset, {})
-    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
+    parser.set_defaults(**RECIPES[args.recipe, args.stage] | PRESETS.get((args.preset, args.stage), {}))
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     for name in ("batch_size", "grad_accum", "window", "log_every", "val_every", "max_length", "epochs", "tau", "lr"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name} must be positive, not {getattr(cfg, name)}")
-    if cfg.sea_weight < 0:
-        raise UserError(f"--sea_weight must not be negative, not {cfg.sea_weight}")
-    if cfg.gather_pairs and cfg.sea_weight == 0:
-        raise UserError("--gather_pairs contradicts --sea_weight 0: the baseline has no pairs")
-    if cfg.gather_pairs and world_size() == 1:
-        raise UserError("--gather_pairs needs several ranks: start with torchrun, or leave it out")
-    if cfg.resume and not cfg.out_dir:
-        raise UserError("--resume needs --out_dir, the folder of the run to go on with")
+    for name in ("sea_weight", "clip_grad", "keep", "vision_lr"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"--{name} must not be negative, not {getattr(cfg, name)}")
+    for name, needs, why in (
+            ("gather_pairs", cfg.sea_weight > 0, "contradicts --sea_weight 0: the baseline has no pairs"),
+            ("gather_pairs", world_size() > 1, "needs several ranks: start with torchrun, or leave it out"),
+            ("resume", cfg.out_dir, "needs --out_dir, the folder of the run to go on with"),
+            ("fsdp", "RANK" in os.environ or cfg.dry_run, "needs torchrun, for one GPU too: --nproc_per_node=1"),
+            ("world_size", cfg.dry_run, "belongs to --dry_run; a run gets its ranks from torchrun"),
+            ("init", cfg.stage == "finetune", "belongs to --stage finetune: pretrain starts from --llm and --vision"),
+            ("tune_vision", cfg.stage == "finetune", "belongs to --stage finetune: labels are of the tower as it is"),
+            ("llm", cfg.stage == "pretrain", "belongs to --stage pretrain: finetune takes its parts from --init"),
+            ("vision", cfg.stage == "pretrain", "belongs to --stage pretrain: finetune takes its parts from --init"),
+            ("sea_weight", cfg.stage == "pretrain", "belongs to --stage pretrain: SEA aligns the adapter alone")):
+        if getattr(cfg, name) and not needs and not (cfg.dry_run and name in ("llm", "vision")):
+            raise UserError(f"--{name} {why}")
     return cfg
 
 
@@ -159,6 +206,35 @@ def on_rank_0_first(f):
     barrier()
 
 
+def wrap(cfg, model, device, dtype):
+    """Compile, then shard or copy over the ranks -> what to call forward on. Plain python: the model itself.
+
+    FSDP2 block by block; the rest (embeddings and head, which may be tied, adapter, τ) is one group of its own, in the
+    dtype of its weights, and autocast does the rest. Towers are not wrapped whole: they would lose hidden_states.
+    """
+    if cfg.compile:
+        for block in model.blocks()[1]:
+            block.compile(dynamic=True)
+    if cfg.fsdp:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for block in itertools.chain(*model.blocks()):
+            fully_shard(block, mp_policy=policy)
+        return fully_shard(model)
+    if dist.is_initialized():
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                       broadcast_buffers=False)
+    return model
+
+
+@contextlib.contextmanager
+def gradient_sync(forward, on):
+    """Gradients are averaged over the ranks after the last micro-batch only."""
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(on)
+    with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not on else contextlib.nullcontext():
+        yield
+
+
 # ----------------------------------------------------------------------------------------------------- build
 
 
@@ -169,29 +245,41 @@ def prepare_out_dir(cfg):
         if (out / "metrics.jsonl").exists() and not cfg.resume:
             raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out_dir")
     else:
-        base = f"out/{cfg.preset or cfg.stage}" + ("" if cfg.sea_weight else "_baseline")
+        base = f"out/{cfg.preset or cfg.stage}" + (f"_{cfg.stage}" if cfg.preset and cfg.stage == "finetune" else
+                                                   "" if cfg.sea_weight or cfg.stage == "finetune" else "_baseline")
         out = next(p for i in range(1, 10**6) if not (p := Path(base if i == 1 else f"{base}_{i}")).exists())
     return out
 
 
 def build_model(cfg, device):
-    """The model on its device, everything frozen but the adapter and, with SEA, log_scale."""
+    """-> the model, with fp32 weights where it is trained, and the dtype of compute and of what is frozen."""
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
     torch.manual_seed(cfg.seed)
-    model = SEAModel.from_parts(cfg.vision, cfg.llm, dtype, cfg.tau).to(device)
-    model.log_scale.requires_grad_(cfg.sea_weight > 0)
+    if cfg.stage == "pretrain":
+        model = SEAModel.from_parts(cfg.vision, cfg.llm, dtype, cfg.tau)
+        model.log_scale.requires_grad_(cfg.sea_weight > 0)
+    else:
+        model = SEAModel.from_run(cfg.init)
+        model.log_scale.requires_grad_(False)
+        model.tune_llm()
+        model.tune_vision() if cfg.tune_vision else model.vision.to(dtype)
+    if cfg.image_mode:
+        model.geometry["mode"] = cfg.image_mode
     if cfg.grad_checkpoint:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
-        model.llm.train()  # transformers checkpoints in training mode only; the LLMs named here have no dropout
-    return model, dtype
+        for part in (model.llm, model.vision)[:1 + cfg.tune_vision]:
+            # the name before transformers 5.23 and the name since
+            enable = getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+            part.train()  # transformers checkpoints in training mode only; the models named here have no dropout
+    return (model if cfg.fsdp else model.to(device)), dtype  # FSDP moves each shard by itself
 
 
 def build_data(cfg, model):
     """-> training set with its labels checked, validation set or None."""
     def dataset(path, image_folder, **kwargs):
-        return LlavaDataset(load_samples(path), image_folder, model.geometry, model.tokenizer, model.image_tokens,
-                            cfg.max_length, **kwargs)
+        return LlavaDataset(load_samples(path, cfg.stage == "pretrain"), image_folder, model.geometry, model.tokenizer,
+                            model.image_tokens, cfg.max_length, chat=cfg.stage == "finetune", **kwargs)
 
     train_set, val_set = dataset(cfg.data, cfg.image_folder), None
     if cfg.sea_weight > 0:
@@ -205,53 +293,74 @@ def build_data(cfg, model):
 
 
 def build_optimizer(cfg, model, steps):
-    """AdamW as in LLaVA, linear warmup and cosine to 0."""
-    groups = [dict(params=list(model.adapter.parameters()), weight_decay=cfg.weight_decay)]
-    if cfg.sea_weight > 0:
-        groups.append(dict(params=[model.log_scale], weight_decay=0.0))
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8)
+    """AdamW as in LLaVA, linear warmup and cosine to 0; the vision tower at its own rate, τ without decay."""
+    groups = {"": dict(weight_decay=cfg.weight_decay), "vision": dict(weight_decay=cfg.weight_decay, lr=cfg.vision_lr),
+              "log_scale": dict(weight_decay=0.0)}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            part = name.split(".")[0]
+            groups[part if part in groups else ""].setdefault("params", []).append(p)
+    optimizer = torch.optim.AdamW([g for g in groups.values() if "params" in g], lr=cfg.lr, betas=(0.9, 0.999),
+                                  eps=1e-8)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, math.ceil(cfg.warmup_ratio * steps), steps)
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder, cfg, model, optimizer, schedule, step, seen):
-    """Write checkpoints/step_N whole or not at all: the data position is the step, for the order depends on nothing
-    else; all random numbers are keyed by (seed, step, sample), torch's own state is kept for good measure."""
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    model.save_adapter(tmp)
-    state = dict(step=step, optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), seen=seen,
-                 rng=torch.get_rng_state(), config=dataclasses.asdict(cfg), world=world_size())
-    torch.save(state, tmp / "training.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
+def newest_checkpoints(out_dir):
+    """The checkpoints of a run, newest first."""
+    return sorted(out_dir.glob("checkpoints/step_*[0-9]"), key=lambda p: -int(p.name.split("_")[1]))
+
+
+def training_state(model, optimizer):
+    return dict(model={name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+                optimizer=get_optimizer_state_dict(model, optimizer))
+
+
+def save_checkpoint(folder, cfg, model, optimizer, schedule, step):
+    """Write checkpoints/step_N whole or not at all, every rank its shards. The data position is the step, for the
+    order depends on nothing else, and all random numbers are keyed by (seed, step, sample)."""
+    tmp, adapter = folder.with_name(folder.name + ".tmp"), model.trained_state()
+    on_rank_0_first(lambda: (shutil.rmtree(tmp, ignore_errors=True), tmp.mkdir(parents=True)))
+    dcp.save(training_state(model, optimizer), checkpoint_id=tmp, no_dist=not dist.is_initialized())
+    barrier()
+    if rank() == 0:
+        if cfg.stage == "pretrain":  # for eval.py
+            model.save_adapter(tmp, adapter)
+        (tmp / "state.json").write_text(json.dumps(dict(
+            step=step, schedule=schedule.state_dict(), config=dataclasses.asdict(cfg), world=world_size())))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+        for old in newest_checkpoints(folder.parent.parent)[cfg.keep or 10**6:]:
+            shutil.rmtree(old)
+    barrier()
 
 
 def load_checkpoint(out_dir, cfg, model, optimizer, schedule):
-    """Restore the newest checkpoint -> (step, samples seen)."""
-    folders = sorted(out_dir.glob("checkpoints/step_*[0-9]"), key=lambda p: int(p.name.split("_")[1]))
-    if not folders:
+    """Restore the newest checkpoint, of any number of ranks -> the step to go on with."""
+    folder = next(iter(newest_checkpoints(out_dir)), None)
+    if not folder:
         raise UserError(f"{out_dir}: no checkpoint to resume from")
+    saved = json.loads((folder / "state.json").read_text())
+    free = {"resume", "out_dir", "workers", "log_every", "val_every", "save_every", "val_samples", "keep", "fsdp",
+            "compile", "grad_checkpoint", "grad_accum", "export"}
+    old, new = (config | {"grad_accum x ranks": config["grad_accum"] * world}
+                for config, world in ((saved["config"], saved["world"]), (dataclasses.asdict(cfg), world_size())))
+    for name in new:
+        if name not in free and old.get(name) != new[name]:
+            raise UserError(f"--resume: this run has {name} = {new[name]}, the checkpoint {folder} {name} = "
+                            f"{old.get(name)}")
+    state = training_state(model, optimizer)
     try:
-        state = torch.load(folders[-1] / "training.pt", map_location="cpu", weights_only=True)
-        model.load_adapter(folders[-1] / "adapter.safetensors")
-    except (OSError, RuntimeError, EOFError, ValueError) as e:
-        raise UserError(f"{folders[-1]}: truncated or corrupt ({str(e).splitlines()[0]}); remove this folder to resume "
-                        "from the one before") from e
-    free = {"resume", "out_dir", "workers", "log_every", "val_every", "save_every", "val_samples"}
-    for name, value in dataclasses.asdict(cfg).items():
-        old = state["config"].get(name)
-        if name not in free and old != value:
-            raise UserError(f"--resume: this run has {name} = {value}, the checkpoint {folders[-1]} {name} = {old}")
-    if state["world"] != world_size():
-        raise UserError(f"--resume: the checkpoint was written by {state['world']} ranks, this run has {world_size()}")
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["rng"])
-    return state["step"], state["seen"]
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as e:
+        reason = next(iter(e.failures.values()))[0]
+        raise UserError(f"{folder}: truncated or corrupt ({reason}); remove this folder to resume from the one "
+                        "before") from e
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    return saved["step"]
 
 
 # ------------------------------------------------------------------------------------------------------ step
@@ -272,28 +381,29 @@ def train_step(cfg, model, forward, batches, optimizer, schedule, step, device, 
     for i, batch in enumerate(batches):
         index = batch.pop("index")
         batch = {k: v if k.startswith("label_") else v.to(device, non_blocking=True) for k, v in batch.items()}
-        last = i == len(batches) - 1
-        with contextlib.nullcontext() if last or forward is model else forward.no_sync():
+        with gradient_sync(forward, on=i == len(batches) - 1):
             with autocast():
-                # DDP averages gradients over ranks: a per-rank share of the mean over all ranks' tokens
+                # DDP and FSDP average gradients over ranks: a per-rank share of the mean over all ranks' tokens
                 out = forward(**batch, num_targets=num_targets / world_size(), window=cfg.window,
                               generator=sample_generators(cfg.seed, step, index), gather_pairs=cfg.gather_pairs)
             part_a = out.get("loss_a", loss_a * 0) / len(batches)
             total_loss(out["loss_g"], part_a, cfg.sea_weight).backward()
         loss_g, loss_a = loss_g + out["loss_g"].detach(), loss_a + part_a.detach()
         pairs, matched = pairs + out.get("pairs", 0), matched + out.get("matched", 0)
+    if cfg.clip_grad:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         model.log_scale.clamp_(max=math.log(100))  # PAPER: τ is kept above 0.01, as CLIP does
     positions = sum(int(b["attention_mask"].sum()) for b in batches)
-    images = sum(len(b["pixels"]) for b in batches)
-    loss_g, loss_a, pairs, matched, positions, images = all_sum(
-        [loss_g, loss_a, pairs, matched, positions, images], device)
-    metrics = dict(step=step + 1, loss_g=loss_g / world_size(), lr=lr, tokens=int(positions), images=int(images))
+    samples = sum(len(b["input_ids"]) for b in batches)
+    loss_g, loss_a, pairs, matched, positions, samples = all_sum(
+        [loss_g, loss_a, pairs, matched, positions, samples], device)
+    metrics = dict(step=step + 1, loss_g=loss_g / world_size(), lr=lr, tokens=int(positions), samples=int(samples))
     if cfg.sea_weight > 0:
-        metrics.update(loss_a=loss_a / world_size(), tau=float((-model.log_scale.detach()).exp()), pairs=int(pairs),
+        metrics.update(loss_a=loss_a / world_size(), tau=float(out["tau"]), pairs=int(pairs),
                        matched=matched / max(pairs, 1))
     return metrics
 
@@ -302,22 +412,29 @@ def train_step(cfg, model, forward, batches, optimizer, schedule, step, device, 
 
 
 def batches_of(dataset, cfg, model, steps, first_step):
-    """Yield the list of this rank's micro-batches of each step."""
+    """Yield the list of this rank's micro-batches of each step; in stage 2 grouped by modality and length."""
+    lengths = None
+    if cfg.stage == "finetune":
+        lengths = getattr(dataset.samples, "lengths", None)
+        lengths = np.array([sample_length(s) for s in dataset.samples]) if lengths is None else lengths
     order = micro_batches(len(dataset), cfg.batch_size, cfg.grad_accum, steps, cfg.seed, first_step, rank(),
-                          world_size())
-    padded = functools.partial(collate, pad_id=model.tokenizer.pad_token_id or 0)
+                          world_size(), lengths)
+    padded = functools.partial(collate, pad_id=model.tokenizer.pad_token_id)
     loader = iter(DataLoader(dataset, batch_sampler=order, num_workers=cfg.workers, collate_fn=padded,
                              pin_memory=torch.cuda.is_available()))
     for _ in range(first_step, steps):
         yield list(itertools.islice(loader, cfg.grad_accum))
 
 
-def validate(model, val_set, device, autocast):
-    """TACS and caption loss on val_set, its samples shared out over the ranks."""
-    own = Subset(val_set, range(rank(), len(val_set), world_size()))
+def validate(cfg, forward, val_set, device, autocast):
+    """Loss and, in stage 1, TACS on val_set, its samples shared out over the ranks."""
+    own = list(range(rank(), len(val_set), world_size()))
     with autocast():
-        tacs, samples, loss, tokens = all_sum(alignment_sums(model, own, device), device)
-    return dict(val_tacs=tacs / samples, val_loss=loss / tokens)
+        sums = alignment_sums(forward, Subset(val_set, own), device)
+        if len(own) < math.ceil(len(val_set) / world_size()):  # sharded, all ranks have to run equally often
+            alignment_sums(forward, Subset(val_set, [0]), device)
+    tacs, samples, loss, tokens = all_sum(sums, device)
+    return dict(val_loss=loss / tokens) | (dict(val_tacs=tacs / samples) if cfg.stage == "pretrain" else {})
 
 
 def open_log(out_dir, cfg, first_step):
@@ -330,8 +447,27 @@ def open_log(out_dir, cfg, first_step):
     return path.open("a", buffering=1)
 
 
+def save_result(cfg, model, out_dir, dtype):
+    """Write out_dir/model: the adapter, or the whole model for transformers."""
+    folder, whole = out_dir / "model", cfg.stage == "finetune" or cfg.export
+    adapter, state = model.trained_state(), model.full_state() if whole else None
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        if cfg.stage == "pretrain":
+            model.save_adapter(folder, adapter)
+        if whole and (reason := model.no_llava()):
+            print(f"{folder}: transformers' Llava cannot hold this LLM ({reason}); its parts are written instead")
+            model.save_parts(folder, state)
+        elif whole:
+            model.save_llava(folder, state, dtype)
+        print(f"wrote {folder}")
+
+
 def main(argv=None):
     cfg = parse_config(argv)
+    if cfg.dry_run:
+        from bench import plan
+        return plan(cfg)
     device = setup_distributed()
     if cfg.preset == "toy":
         import toy
@@ -342,14 +478,11 @@ def main(argv=None):
 
     model, dtype = build_model(cfg, device)
     train_set, val_set = build_data(cfg, model)
+    forward = wrap(cfg, model, device, dtype)
     global_batch = cfg.batch_size * cfg.grad_accum * world_size()
     steps = cfg.max_steps or math.ceil(cfg.epochs * len(train_set) / global_batch)
     optimizer, schedule = build_optimizer(cfg, model, steps)
-    first_step, seen = load_checkpoint(out_dir, cfg, model, optimizer, schedule) if cfg.resume else (0, 0)
-    forward = model
-    if dist.is_initialized():
-        forward = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                          broadcast_buffers=False)
+    first_step = load_checkpoint(out_dir, cfg, model, optimizer, schedule) if cfg.resume else 0
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     main_rank = rank() == 0
@@ -363,29 +496,26 @@ def main(argv=None):
         start = time.perf_counter()
         for step, batches in enumerate(batches_of(train_set, cfg, model, steps, first_step), first_step):
             metrics = train_step(cfg, model, forward, batches, optimizer, schedule, step, device, autocast)
-            seconds = time.perf_counter() - start
-            seen += metrics["images"]
-            metrics.update(seen=seen, tokens_per_s=metrics.pop("tokens") / seconds,
-                           images_per_s=metrics.pop("images") / seconds)
+            done, seconds = step + 1, time.perf_counter() - start
+            metrics.update(seen=done * global_batch, tokens_per_s=metrics.pop("tokens") / seconds,
+                           samples_per_s=metrics.pop("samples") / seconds)
             if not math.isfinite(metrics["loss_g"] + metrics.get("loss_a", 0)):
-                raise UserError(f"step {step + 1}: the loss is {metrics['loss_g']}; lower --lr, or use --dtype float32")
-            done = step + 1
+                raise UserError(f"step {done}: the loss is {metrics['loss_g']}; lower --lr, or use --dtype float32")
             if val_set and (done % cfg.val_every == 0 or done == steps):
-                metrics.update(validate(model, val_set, device, autocast))
+                metrics.update(validate(cfg, forward, val_set, device, autocast))
             if main_rank:
                 bar.update()
-                bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("loss_g", "loss_a", "val_tacs") if k in metrics})
-                if done % cfg.log_every == 0 or done == steps or "val_tacs" in metrics:
+                bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("loss_g", "loss_a", "val_loss", "val_tacs")
+                                 if k in metrics})
+                if done % cfg.log_every == 0 or done == steps or "val_loss" in metrics:
                     log.write(json.dumps(metrics) + "\n")
-                if cfg.save_every and done % cfg.save_every == 0:
-                    save_checkpoint(out_dir / f"checkpoints/step_{done}", cfg, model, optimizer, schedule, done, seen)
+            if cfg.save_every and done % cfg.save_every == 0:
+                save_checkpoint(out_dir / f"checkpoints/step_{done}", cfg, model, optimizer, schedule, done)
             start = time.perf_counter()
-    if main_rank:
-        (out_dir / "model").mkdir(exist_ok=True)
-        model.save_adapter(out_dir / "model")
-        print(f"wrote {out_dir}/model. Look at what the visual tokens say, and measure them:\n"
-              f"    python eval.py words --model {out_dir}\n    python eval.py tacs --model {out_dir}\n"
-              f"    python eval.py gap --model {out_dir}")
+    save_result(cfg, model, out_dir, dtype)
+    if main_rank and cfg.stage == "pretrain":
+        print(f"Look at what the visual tokens say, and measure them:\n    python eval.py words --model {out_dir}\n"
+              f"    python eval.py tacs --model {out_dir}\n    python eval.py gap --model {out_dir}")
         if cfg.preset == "toy":
             print("Baseline against SEA, over three seeds:\n    python toy.py compare")
     barrier()

@@ -23,7 +23,8 @@ def test_json_and_jsonl_hold_the_same_samples(tmp_path):
     samples = [sample(), sample("a blue door.", "1.png")]
     (tmp_path / "a.json").write_text(json.dumps(samples))
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(s) for s in samples) + "\n")
-    assert load_samples(tmp_path / "a.json") == load_samples(tmp_path / "a.jsonl") == samples
+    assert load_samples(tmp_path / "a.json") == list(load_samples(tmp_path / "a.jsonl")) == samples
+    assert load_samples(tmp_path / "a.jsonl")[1] == samples[1]
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -93,7 +94,7 @@ def test_an_unreadable_image_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer(world):
     tokenizer = AutoTokenizer.from_pretrained(world / "llm")
-    data.add_image_token(tokenizer)
+    data.prepare_tokenizer(tokenizer)
     return tokenizer
 
 
@@ -116,9 +117,11 @@ def test_truncation_cuts_the_caption_and_never_the_image(tokenizer):
 @pytest.mark.parametrize("turns", [
     [("human", "<image>"), ("gpt", "a"), ("human", "b"), ("gpt", "c")], [("gpt", "a"), ("human", "<image>")],
     [("human", "<image>"), ("gpt", "an <image>")]])
-def test_plain_refuses_what_is_no_caption(tokenizer, turns):
-    with pytest.raises(UserError, match="sample 7"):
-        encode_conversation(sample() | {"conversations": [{"from": f, "value": v} for f, v in turns]}, tokenizer, 25)
+def test_stage_1_refuses_what_is_no_caption(tmp_path, turns):
+    bad = sample() | {"conversations": [{"from": f, "value": v} for f, v in turns]}
+    (tmp_path / "a.json").write_text(json.dumps([sample(), bad]))
+    with pytest.raises(UserError, match="sample 2: stage 1 needs one human turn and one gpt turn"):
+        load_samples(tmp_path / "a.json")
 
 
 def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
