@@ -433,6 +433,8 @@ def validate(cfg, forward, val_set, device, autocast):
         sums = alignment_sums(forward, Subset(val_set, own), device)
         if len(own) < math.ceil(len(val_set) / world_size()):  # sharded, all ranks have to run equally often
             alignment_sums(forward, Subset(val_set, [0]), device)
+    if isinstance(forward, FSDPModule):
+        forward.reshard()  # no backward does it here, and what is saved next must be the shards
     tacs, samples, loss, tokens = all_sum(sums, device)
     return dict(val_loss=loss / tokens) | (dict(val_tacs=tacs / samples) if cfg.stage == "pretrain" else {})
 

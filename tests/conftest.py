@@ -15,15 +15,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
 )
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import data
 
@@ -63,6 +65,12 @@ def world(tmp_path_factory):
             {"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": caption}]})
     (root / "train.json").write_text(json.dumps(samples))
     (root / "words.txt").write_text("\n".join(WORDS) + "\n")
+    chats = []  # for stage 2: 10 with an image, 7 without, of one to three rounds
+    for i in range(17):
+        turns = [{"from": who, "value": f"{word} {WORDS[rng.integers(10)]}" * int(rng.integers(1, 5))}
+                 for _ in range(rng.integers(1, 4)) for who, word in (("human", "which"), ("gpt", "the"))]
+        chats.append({"id": str(i), "image": f"{i}.png" if i < 10 else "", "conversations": turns})
+    (root / "chats.jsonl").write_text("".join(json.dumps(s) + "\n" for s in chats))
 
     tokenizer = tiny_tokenizer(s["conversations"][1]["value"] for s in samples)
     tokenizer.save_pretrained(root / "llm")
@@ -99,6 +107,61 @@ def flags(world, labels):
             "--batch_size", "4", "--max_steps", "6", "--val_every", "3", "--save_every", "0", "--workers", "0"]
 
 
+@pytest.fixture(scope="session")
+def finetune_flags(world, flags, tmp_path_factory):
+    """The flags of a short stage 2 in the tiny world, after a stage 1, without --out_dir. In its fourth step one
+    micro-batch holds images and the other text only."""
+    import train
+    one = tmp_path_factory.mktemp("one") / "run"
+    train.main([*flags, "--out_dir", str(one)])
+    return ["--stage", "finetune", "--init", str(one), "--data", f"{world}/chats.jsonl", "--image_folder",
+            f"{world}/images", "--val_data", f"{world}/chats.jsonl", "--val_samples", "5", "--batch_size", "2",
+            "--max_steps", "6", "--val_every", "3", "--save_every", "0", "--keep", "0", "--workers", "0", "--lr",
+            "1e-3", "--tune_vision", "--vision_lr", "1e-3", "--clip_grad", "1"]
+
+
 @pytest.fixture
 def samples(world):
     return data.load_samples(world / "train.json")
+
+
+def sentencepiece_tokenizer(folder, bos):
+    """Mistral's first tokenizer: SentencePiece with 32,000 pieces and byte fallback, as Llama 2's, Vicuna's, Phi-3's."""
+    import mistral_common
+    folder.mkdir(exist_ok=True)
+    source = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
+    (folder / "tokenizer.model").write_bytes(source.read_bytes())
+    return LlamaTokenizer.from_pretrained(folder, add_bos_token=bos)
+
+
+def llama3_tokenizer():
+    import llama_models
+    source = Path(llama_models.__file__).parent / "llama3/tokenizer.model"
+    reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>",
+               reserved[4], "<|eot_id|>", *reserved[5:251]]
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer = TikTokenConverter(vocab_file=str(source), pattern=pattern, extra_special_tokens=special).converted()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A",
+                                                             special_tokens=[("<|begin_of_text|>", 128000)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin_of_text|>",
+                                   eos_token="<|end_of_text|>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(tmp_path_factory):
+    """{chat format: folder of a tokenizer}: real ones, but for Gemma's and ChatML's, which are small byte-level BPEs
+    with those families' turn markers (Gemma's real one is in test_real.py)."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    found = {"vicuna": sentencepiece_tokenizer(root / "sp", bos=True), "llama-3": llama3_tokenizer()}
+    found["phi-3"] = sentencepiece_tokenizer(root / "sp", bos=False)
+    found["phi-3"].add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+    found["phi-3"].add_tokens([AddedToken(t, special=True, rstrip=True, normalized=False)
+                               for t in ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")])
+    for name, markers in (("gemma", ["<start_of_turn>", "<end_of_turn>"]), ("chatml", ["<|im_start|>", "<|im_end|>"])):
+        found[name] = tiny_tokenizer(["what is on the table? a red cup."])
+        found[name].add_tokens([AddedToken(t, special=True, normalized=False) for t in markers])
+    for name, tokenizer in found.items():
+        tokenizer.save_pretrained(root / name)
+    return {name: root / name for name in found}

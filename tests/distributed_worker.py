@@ -1,6 +1,8 @@
-"""Run under torchrun by test_distributed.py: two training runs and one loss, on every rank of a gloo group.
-Arguments: a folder for the results, then the flags of train.py."""
+"""Run under torchrun by test_distributed.py: training runs and one loss, on every rank of a gloo group.
+Arguments: a folder for the results with flags.json in it."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,15 +10,30 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
-from test_distributed import ragged_inputs
+from test_distributed import ragged_inputs, record_gradients
 
 import train
 from loss import sea_loss
 
 torch.set_num_threads(1)
-out, flags = Path(sys.argv[1]), sys.argv[2:]
-train.main([*flags, "--out_dir", str(out / "local")])
-train.main([*flags, "--out_dir", str(out / "gathered"), "--gather_pairs"])
+out = Path(sys.argv[1])
+flags = json.loads((out / "flags.json").read_text())
+
+
+def run(name, stage, *extra):
+    record_gradients(train, out / name)
+    train.main([*flags[stage], "--out_dir", str(out / name), *extra])
+
+
+run("local", "pretrain")
+run("gathered", "pretrain", "--gather_pairs")
+run("pretrain_fsdp", "pretrain", "--fsdp", "--export")
+run("finetune", "finetune")
+run("finetune_fsdp", "finetune", "--fsdp", "--save_every", "4")
+if dist.get_rank() == 0:  # as if it had been killed after the checkpoint of step 4
+    shutil.copytree(out / "finetune_fsdp", out / "resumed")
+dist.barrier()
+run("resumed", "finetune", "--fsdp", "--resume")
 
 rank = dist.get_rank()
 for case, (tokens, ids, scores, table, log_scale, counts) in ragged_inputs().items():

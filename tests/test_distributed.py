@@ -1,15 +1,19 @@
 """Two gloo processes against one: the same losses, gradients and weights."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import metrics, weights
+from safetensors.torch import load_file
+from test_train import metrics
 
 import train
+from data import UserError
 from loss import sea_loss
 
 
@@ -28,27 +32,87 @@ def ragged_inputs():
     return cases
 
 
+def record_gradients(train, folder):
+    """Have the next run of train.main write folder/gradients.pt: the whole gradients of its fourth step, by name."""
+    build = train.build_optimizer if not hasattr(train, "_build") else train._build
+    train._build = build
+
+    def recording(cfg, model, steps):
+        optimizer, schedule = build(cfg, model, steps)
+
+        def write(*_):
+            if schedule.last_epoch == 3:
+                grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+                grads = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
+                torch.save({name: g.clone() for name, g in grads.items()}, folder / f"gradients_{train.rank()}.pt")
+        optimizer.register_step_pre_hook(write)
+        return optimizer, schedule
+    train.build_optimizer = recording
+
+
+def all_weights(folder):
+    return {k: w for path in sorted((folder / "model").glob("*.safetensors")) for k, w in load_file(path).items()}
+
+
 @pytest.fixture(scope="module")
-def two_ranks(flags, tmp_path_factory):
+def two_ranks(flags, finetune_flags, tmp_path_factory):
     out = tmp_path_factory.mktemp("two_ranks")
+    (out / "flags.json").write_text(json.dumps(dict(pretrain=flags, finetune=finetune_flags)))
     worker = Path(__file__).parent / "distributed_worker.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run([*torchrun, str(worker), str(out), *flags], capture_output=True, text=True,
+    run = subprocess.run([*torchrun, str(worker), str(out)], capture_output=True, text=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (out / "unlabelled_1.pt").exists(), run.stderr[-12000:]
     return out
 
 
-@pytest.mark.parametrize("name, batch_size, grad_accum", [("local", 4, 2), ("gathered", 8, 1)])
-def test_two_ranks_train_as_one(two_ranks, flags, tmp_path, name, batch_size, grad_accum):
-    """DDP is one process that accumulates the same micro-batches; with --gather_pairs, one that holds them whole."""
-    train.main([*flags, "--out_dir", str(tmp_path), "--batch_size", str(batch_size), "--grad_accum", str(grad_accum)])
+@pytest.mark.parametrize("name, stage, batch_size, grad_accum, extra", [
+    ("local", "pretrain", 4, 2, []), ("gathered", "pretrain", 8, 1, []),
+    ("pretrain_fsdp", "pretrain", 4, 2, ["--export"]), ("finetune", "finetune", 2, 2, []),
+    ("finetune_fsdp", "finetune", 2, 2, [])])
+def test_two_ranks_train_as_one(two_ranks, flags, finetune_flags, tmp_path, monkeypatch, name, stage, batch_size,
+                                grad_accum, extra):
+    """DDP and FSDP are one process that accumulates the same micro-batches; with --gather_pairs, one that holds them
+    whole. Stage 2 has ragged answers, and in its fourth step a rank without an image."""
+    monkeypatch.setattr(train, "build_optimizer", train.build_optimizer)  # to be put back
+    record_gradients(train, tmp_path)
+    train.main([*dict(pretrain=flags, finetune=finetune_flags)[stage], "--out_dir", str(tmp_path), "--batch_size",
+                str(batch_size), "--grad_accum", str(grad_accum), *extra])
     one, two = metrics(tmp_path), metrics(two_ranks / name)
     assert len(one) == len(two) == 6
     for a, b in zip(one, two):
         assert a.keys() == b.keys() and a == pytest.approx(b, rel=2e-4), (a, b)
-    for key, w in weights(tmp_path).items():
-        assert torch.allclose(w, weights(two_ranks / name)[key], atol=2e-5), key
+    expected = torch.load(tmp_path / "gradients_0.pt")
+    assert any(k.startswith("vision") for k in expected) == any(k.startswith("llm") for k in expected) == (
+        stage == "finetune")
+    for rank in range(2):
+        grads = torch.load(two_ranks / name / f"gradients_{rank}.pt")
+        assert grads.keys() == expected.keys()
+        for key, g in expected.items():
+            assert torch.allclose(g, grads[key], atol=1e-5 * max(1, float(g.abs().max()))), key
+    assert (ours := all_weights(tmp_path)).keys() == (theirs := all_weights(two_ranks / name)).keys()
+    for key, w in ours.items():
+        assert torch.allclose(w, theirs[key], atol=1e-4), key
+
+
+def test_a_micro_batch_without_images_stands_beside_one_with(finetune_flags):
+    cfg = train.parse_config([*finetune_flags, "--grad_accum", "2"])
+    model = train.build_model(cfg, torch.device("cpu"))[0]
+    batches = list(train.batches_of(train.build_data(cfg, model)[0], cfg, model, 6, 0))
+    assert [[len(b["pixels"]) for b in step] for step in batches][3] in ([2, 0], [0, 2])
+
+
+def test_a_sharded_checkpoint_goes_on_with_any_number_of_ranks(two_ranks, finetune_flags, tmp_path):
+    """Saved by two ranks in step 4, resumed by two and by one: the same steps 5 and 6."""
+    whole = metrics(two_ranks / "finetune_fsdp")
+    shutil.copytree(two_ranks / "finetune_fsdp", tmp_path / "run")
+    train.main([*finetune_flags, "--out_dir", str(tmp_path / "run"), "--grad_accum", "2", "--resume"])
+    for resumed in (two_ranks / "resumed", tmp_path / "run"):
+        assert [line["step"] for line in metrics(resumed)] == [1, 2, 3, 4, 5, 6]
+        for a, b in zip(whole[4:], metrics(resumed)[4:]):
+            assert a == pytest.approx(b, rel=1e-5)
+    with pytest.raises(UserError, match="this run has grad_accum x ranks = 1, the checkpoint .* = 2"):
+        train.main([*finetune_flags, "--out_dir", str(tmp_path / "run"), "--resume"])
 
 
 @pytest.mark.parametrize("case", ragged_inputs())
