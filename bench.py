@@ -1,10 +1,10 @@
 """What a run will cost, before it (train.py --dry_run): parameters, steps, memory, disk.
 
-    python train.py --stage pretrain --world_size 8 --dry_run             the paper's run, from any computer
+    python train.py --stage pretrain --world_size 8 --dry_run             the paper's run, planned on any computer
     python train.py --stage finetune --world_size 8 --fsdp --dry_run
 
-The model is built on the meta device: config, tokenizer and preprocessor files are read, weights are not. Counts are
-exact; memory is an estimate by the formulas below, for bf16 unless --dtype float32.
+The model is built on the meta device: config, tokenizer and preprocessor files are read, weights are not, and nothing
+is written. Counts are exact. Memory is an estimate by the formulas below, for bf16 on GPUs unless --dtype float32.
 """
 
 import dataclasses
@@ -22,34 +22,28 @@ from train import parse_config, world_size
 # Samples of the files that the recipes name, for a plan before the download; those of Cambrian-1 are approximate.
 SAMPLES = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298,
            "alignment_2.5m.jsonl": 2_500_000, "Cambrian7M_withsystemprompt.jsonl": 7_070_000}
-TEXT = {"pretrain": (64, 64), "finetune": (512, 256)}  # of a typical sample: text positions, how many are trained
+TEXT = {"pretrain": (64, 1.0), "finetune": (512, 0.5)}  # text positions of a typical sample, the share that is trained
 LABELS = 10  # per patch, the default of labels.py extract
 
 
 def find_parts(cfg):
-    """-> names of vision tower and LLM, and a remark on where they come from. Stage 2 takes them from --llm and
-    --vision, from the run in --init, or, as long as that folder does not exist, from stage 1 of the same recipe."""
+    """-> names of vision tower and LLM, and where they are from. Stage 2 has those of --vision and --llm, else of the
+    run in --init, or, while that folder does not exist, of stage 1 of the same recipe and preset."""
     if cfg.stage == "pretrain" or cfg.vision and cfg.llm:
         return cfg.vision, cfg.llm, "as given"
+    names = vars(parse_config(["--stage", "pretrain", "--recipe", cfg.recipe, "--preset", cfg.preset]))
+    origin = f"stage 1's defaults, for there is no folder {cfg.init}; --vision and --llm plan for others"
     if Path(cfg.init).is_dir():
-        folder = find_model(cfg.init)
-        if not (folder / "adapter.safetensors").is_file():
-            raise UserError(f"{folder}: a Llava model, whose parts --dry_run does not look up; add --llm and --vision")
-        with safe_open(folder / "adapter.safetensors", "pt") as f:
-            names = {k: str(folder / v) if v.startswith("./") else v for k, v in f.metadata().items()}
-        remark = f"of {folder}"
-    else:
-        names = vars(parse_config(["--stage", "pretrain", "--recipe", cfg.recipe, "--preset", cfg.preset]))
-        remark = f"stage 1's defaults, for there is no folder {cfg.init}; --llm and --vision plan for others"
-    return cfg.vision or names["vision"], cfg.llm or names["llm"], remark
+        origin = find_model(cfg.init)
+        if not (origin / "adapter.safetensors").is_file():
+            raise UserError(f"{origin}: a Llava model, whose parts --dry_run does not read; add --vision and --llm")
+        with safe_open(origin / "adapter.safetensors", "pt") as f:
+            names = {k: str(origin / v) if v.startswith("./") else v for k, v in f.metadata().items()}
+    return cfg.vision or names["vision"], cfg.llm or names["llm"], f"of {origin}"
 
 
-def numel(parameters):
-    return sum(p.numel() for p in parameters)
-
-
-def trained(parameters):
-    return [p for p in parameters if p.requires_grad]
+def numel(parameters, trained=False):
+    return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
 def kept_bytes(block, width, size):
@@ -62,45 +56,95 @@ def kept_bytes(block, width, size):
         sum(p.shape) if p.requires_grad else p.shape[0] for p in matrices))
 
 
-def gpu_memory(cfg, model, world, positions, targets):
-    """Bytes on one GPU, by part, while backward begins; `positions` a sample, `targets` of them trained.
+def gpu_memory(cfg, model, world, positions, checkpoint):
+    """Bytes on one GPU as backward begins, by part; positions: of a sample, image included. Rough, and without some
+    GiB for the CUDA context, the allocator's gaps and the kernels' buffers.
 
-    frozen: weights in the compute dtype. weights, gradients, moments: 4, 4 and 8 bytes for each trained one. --fsdp
-    divides all four by the ranks, but for gradients with --grad_accum, which stay whole until the last micro-batch.
-    copies: --fsdp gathers a block and prefetches another (2 x the largest, in the compute dtype; if trained also its
-    gradients, once in that dtype and once in fp32), and holds what is in no block (embeddings, head, adapter) whole,
-    with fp32 gradients. DDP holds the gradients twice. Autocast keeps a copy of trained fp32 weights in bf16.
-    activations: batch x positions x blocks x (kept_values + 2 norms' inputs in fp32); of the vision tower only with
-    --tune_vision. checkpointed: each block's input, and one block's activations. logits: 12 bytes a trained
-    position and vocabulary entry: log-probabilities and two gradients, in fp32.
-    Left out: the CUDA context, the allocator's fragments, buffers of kernels; 2 to 4 GiB.
+    frozen: weights in the compute dtype. trained, gradients, moments: 4, 4 and 8 bytes for each trained weight. --fsdp
+    divides the four by the ranks; with --grad_accum gradients stay whole, for they are reduced after the last pass.
+    copies: autocast's bf16 copy and, with several ranks, a second fp32 gradient of each trained weight (DDP's buckets).
+    --fsdp has that only for what is in no block (embeddings, head, adapter), which it holds whole, and gathers two
+    blocks in the compute dtype, with the gradients of one in that dtype and in fp32.
+    activations: batch x positions x kept_bytes of all blocks; with checkpoint their inputs, and kept_bytes of one. The
+    vision tower has some only if it is trained. logits: of trained positions, log-probabilities and two gradients.
     """
     size, shards = 4 if cfg.dtype == "float32" else 2, world if cfg.fsdp else 1
-    everything = list(model.parameters())
-    tuned, blocks = trained(everything), [b for part in model.blocks() for b in part]
-    mem = dict(frozen=sum(p.nbytes for p in everything if not p.requires_grad) / shards,
-               weights=4 * numel(tuned) / shards, gradients=4 * numel(tuned) / (1 if cfg.grad_accum > 1 else shards),
-               moments=8 * numel(tuned) / shards)
-    cast = tuned
+    vision_blocks, llm_blocks = model.blocks()
+    whole = list(model.parameters())
+    n = numel(whole, trained=True)
+    mem = dict(frozen=sum(p.nbytes for p in whole if not p.requires_grad) / shards, trained=4 * n / shards,
+               gradients=4 * n / (shards if cfg.grad_accum == 1 else 1), moments=8 * n / shards, copies=0)
     if cfg.fsdp:
-        inside = {id(p) for b in blocks for p in b.parameters()}
-        root = [p for p in everything if id(p) not in inside]
-        cast = trained(root)
-        mem["copies"] = sum(p.nbytes for p in root) + 4 * numel(cast) + max(
-            2 * size * numel(b.parameters()) + (size + 4) * numel(trained(b.parameters())) for b in blocks)
-    else:
-        mem["copies"] = 4 * numel(tuned) if world > 1 else 0
-    mem["copies"] += 2 * numel(cast) if size == 2 else 0
+        blocks = [*vision_blocks, *llm_blocks]
+        sharded = {id(p) for block in blocks for p in block.parameters()}
+        whole = [p for p in whole if id(p) not in sharded]
+        mem["copies"] = sum(p.nbytes for p in whole) + max(
+            2 * size * numel(b.parameters()) + (size + 4) * numel(b.parameters(), trained=True) for b in blocks)
+    mem["copies"] += (2 * (size == 2) + 4 * (world > 1)) * numel(whole, trained=True)
 
-    kept = inputs = largest = 0
-    for part, part_blocks, length in zip((model.vision, model.llm), model.blocks(), (model.image_tokens, positions)):
-        if part is model.llm or cfg.tune_vision:
-            width = part.config.get_text_config().hidden_size
-            rows, one = cfg.batch_size * length, [kept_bytes(b, width, size) for b in part_blocks]
-            kept, largest = kept + rows * sum(one), max(largest, rows * max(one))
-            # between blocks: fp32 where fp32 weights are trained under autocast, the compute dtype elsewhere
-            inputs += rows * len(one) * width * (size if cfg.fsdp else next(part_blocks[0].parameters()).element_size())
-    logits = 12 * cfg.batch_size * targets * model.llm.get_output_embeddings().weight.shape[0]
-    mem.update(logits=logits, activations=kept, checkpointed=inputs + largest)
-    always = sum(mem[k] for k in ("frozen", "weights", "gradients", "moments", "copies", "logits"))
-    return mem | dict(total=always + kept, total_checkpointed=always + inputs + largest)
+    kept, inputs = [], 0
+    parts = [(model.llm, llm_blocks, positions)] + [(model.vision, vision_blocks, model.image_tokens)] * cfg.tune_vision
+    for part, part_blocks, length in parts:
+        rows, width = cfg.batch_size * length, part.config.get_text_config().hidden_size
+        kept += [rows * kept_bytes(block, width, size) for block in part_blocks]
+        # between blocks numbers have the dtype of the weights, which only FSDP casts
+        inputs += rows * width * len(part_blocks) * (size if cfg.fsdp else next(part_blocks[0].parameters()).itemsize)
+    mem["activations"] = inputs + max(kept) if checkpoint else sum(kept)
+    targets = cfg.batch_size * max(0, positions - model.image_tokens) * TEXT[cfg.stage][1]
+    mem["logits"] = 12 * targets * model.llm.get_output_embeddings().weight.shape[0]
+    return mem | dict(total=sum(mem.values()))
+
+
+def table(*rows):
+    """Print rows of a name and its values."""
+    print()
+    for name, *values in rows:
+        cells = (v if isinstance(v, str) else f"{v:,}" if isinstance(v, int) else f"{v:,.2f}" for v in values)
+        print(f"{name:32}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+def plan(cfg):
+    """Print what a run of this config needs -> the same figures; memory and disk in bytes."""
+    world, pretrain = cfg.world_size or world_size(), cfg.stage == "pretrain"
+    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    vision, llm, origin = find_parts(cfg)
+    model = SEAModel.from_parts(vision, llm, dtype if pretrain else torch.float32, cfg.tau, meta=True)
+    loading = min(world, 8) * sum(p.nbytes for p in model.parameters())  # each rank of a node holds all of it
+    model.log_scale.requires_grad_(cfg.sea_weight > 0)  # from here on as train.build_model
+    if not pretrain:
+        model.tune_llm()
+        model.tune_vision() if cfg.tune_vision else model.vision.to(dtype)
+    parts = dict(vision=model.vision, adapter=model.adapter, llm=model.llm)
+    params = {name: (numel(p.parameters()), numel(p.parameters(), trained=True)) for name, p in parts.items()}
+    total, trained = sum(n for n, _ in params.values()), numel(model.parameters(), trained=True)  # τ among the latter
+    params["total"] = total, trained
+
+    known = not Path(cfg.data).is_file() and SAMPLES.get(Path(cfg.data).name)
+    samples, batch = known or len(load_samples(cfg.data, pretrain)), cfg.batch_size * cfg.grad_accum * world
+    steps = cfg.max_steps or math.ceil(cfg.epochs * samples / batch)
+    run = {"samples": samples, "samples a step": batch, "steps": steps,
+           "warmup steps": math.ceil(cfg.warmup_ratio * steps), "image tokens a step": batch * model.image_tokens,
+           "positions a step, at most": batch * cfg.max_length}
+    typical = min(cfg.max_length, model.image_tokens + TEXT[cfg.stage][0])
+    gpu = {(length, checkpoint): gpu_memory(cfg, model, world, length, checkpoint)
+           for length in (typical, cfg.max_length) for checkpoint in (False, True)}
+    # a checkpoint: weight and two moments in fp32, in stage 1 the adapter once more; a label: uint16 and fp16
+    checkpoint, labels = trained * (16 if pretrain else 12), samples * model.image_tokens * LABELS
+    saved = steps // cfg.save_every if cfg.save_every else 0
+    disk = {"a checkpoint": checkpoint, "checkpoints that stay": checkpoint * min(saved, cfg.keep or saved),
+            "model": total * dtype.itemsize if cfg.export or not pretrain else 4 * trained}
+    if cfg.sea_weight > 0:
+        disk |= {"labels": 4 * labels, "labels of 65,535 words or more": 6 * labels}
+
+    print(f"{cfg.stage} on {world} GPUs: {vision} and {llm} ({origin}); {cfg.data}"
+          f"{' (not here; its size is about the published one)' if known else ''}")
+    table(("parameters", "all", "trained"), *((name, *n) for name, n in params.items()),
+          ("", f"{total / 1e9:.2f} B", f"{trained / 1e6:.2f} M"))
+    table(*run.items())
+    table(("GPU memory, about, GiB", *(f"{n} positions" for n, _ in gpu)),
+          ("--grad_checkpoint", *("with" if c else "without" for _, c in gpu)),
+          *((name, *(mem[name] / 2**30 for mem in gpu.values())) for name in gpu[typical, True]))
+    table((f"CPU memory, {min(world, 8)} ranks load, GiB", loading / 2**30), ("disk, GB",),
+          *((name, n / 1e9) for name, n in disk.items()))
+    print("\n" + json.dumps(dataclasses.asdict(cfg)))
+    return dict(params=params, run=run, gpu=gpu, cpu=loading, disk=disk)

@@ -68,9 +68,7 @@ def run_command(doc, functions, argv=None):
 
 class JsonLines:
     """A .jsonl file of any size as a sequence: line offsets stay in memory, a line is parsed when it is asked for.
-
-    Opening reads the file once, to check every sample and count its words; errors name the line.
-    """
+    Opening it reads it once, to check every sample and count its words (lengths)."""
 
     def __init__(self, path, captions):
         self.path, offsets, lengths = path, [0], []
@@ -78,7 +76,8 @@ class JsonLines:
                                          unit_scale=True, disable=path.stat().st_size < 2**28) as bar:
             for number, line in enumerate(f, 1):
                 sample = _parse(line, path, number)
-                lengths.append(_checked_length(sample, captions, f"{path}, line {number}"))
+                _check(sample, captions, f"{path}, line {number}")
+                lengths.append(sample_length(sample))
                 offsets.append(offsets[-1] + len(line))
                 bar.update(len(line))
         self.offsets, self.lengths = np.array(offsets), np.array(lengths)
@@ -113,7 +112,7 @@ def load_samples(path, captions=True):
         raise UserError(f"{path}: expected a list of samples, at least one")
     if isinstance(samples, list):
         for number, sample in enumerate(samples, 1):
-            _checked_length(sample, captions, f"{path}, sample {number}")
+            _check(sample, captions, f"{path}, sample {number}")
     return samples
 
 
@@ -129,35 +128,23 @@ def sample_length(sample):
     return words if image_of(sample) else -words
 
 
-def _checked_length(sample, captions, where):
-    problem = _problem(sample, captions)
-    if problem:
-        raise UserError(f"{where}: {problem}")
-    return sample_length(sample)
-
-
-def _problem(sample, captions):
+def _check(sample, captions, where):
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list) or len(turns) < 2:
-        return 'needs "conversations", a list of at least two turns'
-    for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("from", "value")):
-            return 'each turn of "conversations" needs the strings "from" and "value"'
-    image, marked = sample.get("image"), sum(IMAGE_TOKEN in turn["value"] for turn in turns)
-    if isinstance(image, (list, dict)):
-        return 'holds several images; each sample takes one "image", a path below --image_folder'
-    speakers = [turn["from"] for turn in turns]
-    if captions:
-        if not image_of(sample):
-            return 'needs "image", a path below --image_folder: stage 1 trains on captions of images'
-        if speakers != ["human", "gpt"] or IMAGE_TOKEN in turns[1]["value"]:
-            return f"stage 1 needs one human turn and one gpt turn, {IMAGE_TOKEN} not in the latter"
-    elif marked > bool(image_of(sample)):
-        return f"has {marked} turns with {IMAGE_TOKEN} but {'one' if image_of(sample) else 'no'} image"
-    elif not re.fullmatch("(system )?(gpt )?(human gpt )+(human )?", "".join(s + " " for s in speakers)):
-        return f"turns must alternate between human and gpt, system first if at all, not {', '.join(speakers[:6])}"
-    elif any(IMAGE_TOKEN in turn["value"] for turn in turns if turn["from"] != "human"):
-        return f"{IMAGE_TOKEN} stands in a turn that is not human"
+        raise UserError(f'{where}: needs "conversations", a list of at least two turns')
+    if not all(isinstance(turn, dict) and isinstance(turn.get(k), str) for turn in turns for k in ("from", "value")):
+        raise UserError(f'{where}: each turn of "conversations" needs the strings "from" and "value"')
+    if isinstance(sample.get("image"), (list, dict)) or (captions and not image_of(sample)):
+        raise UserError(f'{where}: needs "image", one path below --image_folder, not {sample.get("image")!r}')
+    speakers = " ".join(turn["from"] for turn in turns)
+    shape = "human gpt" if captions else "(system )?(gpt )?human gpt( human gpt)*( human)?"
+    if not re.fullmatch(shape, speakers):
+        raise UserError(f"{where}: the turns are from {speakers!r}; they must be a caption's (human gpt) in stage 1 and "
+                        "alternate between human and gpt, system first if at all, in stage 2")
+    marked = [turn["from"] for turn in turns if IMAGE_TOKEN in turn["value"]]
+    if marked and (marked != ["human"] or not image_of(sample)):
+        raise UserError(f"{where}: {IMAGE_TOKEN} may stand in one human turn of a sample with an image; here it is in "
+                        f"turns of {marked}, and the image is {sample.get('image')!r}")
 
 
 def epoch_order(n, seed, epoch):

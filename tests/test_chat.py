@@ -113,7 +113,7 @@ def test_training_feeds_what_the_exported_processor_builds(tokenizers, processor
         at = 2 * (place % len(turns))
         texts[at] = texts[at] + "\n<image>" if place % 2 else "<image>\n" + texts[at]
     sample = conversation(*texts, image="a.png" if image else None, system=system)
-    assert data._problem(sample, captions=False) is None
+    data._check(sample, captions=False, where="here")
     ids, labels = encode_conversation(sample, tokenizer, 4, chat=True)
     rng = np.random.default_rng(seed)
     picture = Image.fromarray(rng.integers(0, 256, (*rng.integers(5, 60, 2), 3), dtype=np.uint8))
@@ -181,12 +181,12 @@ def test_what_counts_as_no_image(tmp_path, image):
 
 
 @pytest.mark.parametrize("sample, message", [
-    (conversation("<image>\nQ1", "A1", image=None), "1 turns with <image> but no image"),
-    (conversation("<image>\nQ1", "A1", "<image>", "A2"), "2 turns with <image> but one image"),
-    (conversation("Q1", "A1 <image>"), "<image> stands in a turn that is not human"),
-    (conversation("Q1", "A1") | {"image": ["a", "b"]}, "several images"),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}, "must alternate"),
-    ({"conversations": [{"from": "user", "value": "a"}, {"from": "gpt", "value": "b"}]}, "must alternate"),
+    (conversation("<image>\nQ1", "A1", image=None), r"here it is in turns of \['human'\], and the image is None"),
+    (conversation("<image>\nQ1", "A1", "<image>", "A2"), r"one human turn .* here it is in turns of \['human', 'human'\]"),
+    (conversation("Q1", "A1 <image>"), r"here it is in turns of \['gpt'\]"),
+    (conversation("Q1", "A1") | {"image": ["a", "b"]}, r"one path below --image_folder, not \['a', 'b'\]"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}, "from 'human human'"),
+    ({"conversations": [{"from": "user", "value": "a"}, {"from": "gpt", "value": "b"}]}, "from 'user gpt'"),
 ])
 def test_what_stage_2_refuses(tmp_path, sample, message):
     (tmp_path / "a.json").write_text(json.dumps([conversation("Q1", "A1"), sample]))
