@@ -31,15 +31,17 @@ def find_parts(cfg):
     run in --init, or, while that folder does not exist, of stage 1 of the same recipe and preset."""
     if cfg.stage == "pretrain" or cfg.vision and cfg.llm:
         return cfg.vision, cfg.llm, "as given"
-    names = vars(parse_config(["--stage", "pretrain", "--recipe", cfg.recipe, "--preset", cfg.preset]))
-    origin = f"stage 1's defaults, for there is no folder {cfg.init}; --vision and --llm plan for others"
     if Path(cfg.init).is_dir():
-        origin = find_model(cfg.init)
-        if not (origin / "adapter.safetensors").is_file():
-            raise UserError(f"{origin}: a Llava model, whose parts --dry_run does not read; add --vision and --llm")
-        with safe_open(origin / "adapter.safetensors", "pt") as f:
-            names = {k: str(origin / v) if v.startswith("./") else v for k, v in f.metadata().items()}
-    return cfg.vision or names["vision"], cfg.llm or names["llm"], f"of {origin}"
+        folder = find_model(cfg.init)
+        if not (folder / "adapter.safetensors").is_file():
+            raise UserError(f"{folder}: a Llava model, whose parts --dry_run does not read; add --vision and --llm")
+        with safe_open(folder / "adapter.safetensors", "pt") as f:
+            names = {k: str(folder / v) if v.startswith("./") else v for k, v in f.metadata().items()}
+        origin = f"of {folder}"
+    else:
+        names = vars(parse_config(["--stage", "pretrain", "--recipe", cfg.recipe, "--preset", cfg.preset]))
+        origin = f"{cfg.init} is no folder, so stage 1's defaults; --vision and --llm plan for others"
+    return cfg.vision or names["vision"], cfg.llm or names["llm"], origin
 
 
 def numel(parameters, trained=False):
@@ -114,8 +116,8 @@ def plan(cfg):
     if not pretrain:
         model.tune_llm()
         model.tune_vision() if cfg.tune_vision else model.vision.to(dtype)
-    parts = dict(vision=model.vision, adapter=model.adapter, llm=model.llm)
-    params = {name: (numel(p.parameters()), numel(p.parameters(), trained=True)) for name, p in parts.items()}
+    parts = {name: list(getattr(model, name).parameters()) for name in ("vision", "adapter", "llm")}
+    params = {name: (numel(p), numel(p, trained=True)) for name, p in parts.items()}
     total, trained = sum(n for n, _ in params.values()), numel(model.parameters(), trained=True)  # τ among the latter
     params["total"] = total, trained
 
@@ -137,11 +139,11 @@ def plan(cfg):
         disk |= {"labels": 4 * labels, "labels of 65,535 words or more": 6 * labels}
 
     print(f"{cfg.stage} on {world} GPUs: {vision} and {llm} ({origin}); {cfg.data}"
-          f"{' (not here; its size is about the published one)' if known else ''}")
+          f"{' (not here: its published size, of Cambrian-1 rounded)' if known else ''}")
     table(("parameters", "all", "trained"), *((name, *n) for name, n in params.items()),
           ("", f"{total / 1e9:.2f} B", f"{trained / 1e6:.2f} M"))
     table(*run.items())
-    table(("GPU memory, about, GiB", *(f"{n} positions" for n, _ in gpu)),
+    table(("GPU memory, about, GiB", *(f"{'longest' if n == cfg.max_length else 'typical'} {n}" for n, _ in gpu)),
           ("--grad_checkpoint", *("with" if c else "without" for _, c in gpu)),
           *((name, *(mem[name] / 2**30 for mem in gpu.values())) for name in gpu[typical, True]))
     table((f"CPU memory, {min(world, 8)} ranks load, GiB", loading / 2**30), ("disk, GB",),

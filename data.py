@@ -330,10 +330,14 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
     """
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if chat:
-        encoded = tokenizer.apply_chat_template(chat_messages(sample), return_dict=True,
-                                                return_assistant_tokens_mask=True)
+        messages = chat_messages(sample)
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         start = tokenizer("")["input_ids"]  # BOS, for the tokenizers that want one
         ids, mask = start + encoded["input_ids"], [0] * len(start) + encoded["assistant_masks"]
+        answers, found = sum(m["role"] == "assistant" for m in messages), sum(np.diff([0, *mask]) > 0)
+        if found != answers:
+            raise UserError(f"sample {sample.get('id')}: the chat template marks {found} of {answers} answers; its "
+                            "{% generation %} must enclose each of them")
     else:
         ids = tokenizer(IMAGE_TOKEN + sample["conversations"][1]["value"] + "\n")["input_ids"]
         at = ids.index(image)

@@ -96,7 +96,11 @@ def load_llm(name, dtype=torch.float32, meta=False):
         with torch.device("meta"):
             config = _from_pretrained(AutoConfig, name, **kwargs)
             return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
-    return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, **kwargs), tokenizer
+    llm = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, **kwargs)
+    if kwargs:  # its weights are plain numbers now, but transformers would refuse to save them
+        llm.hf_quantizer = None
+        del llm.config.quantization_config
+    return llm, tokenizer
 
 
 def find_model(path):

@@ -156,7 +156,8 @@ def parse_config(argv=None):
             ("tune_vision", cfg.stage == "finetune", "belongs to --stage finetune: labels are of the tower as it is"),
             ("llm", cfg.stage == "pretrain", "belongs to --stage pretrain: finetune takes its parts from --init"),
             ("vision", cfg.stage == "pretrain", "belongs to --stage pretrain: finetune takes its parts from --init"),
-            ("sea_weight", cfg.stage == "pretrain", "belongs to --stage pretrain: SEA aligns the adapter alone")):
+            ("sea_weight", cfg.stage == "pretrain", "belongs to --stage pretrain: SEA aligns the adapter alone"),
+            ("image_mode", cfg.sea_weight == 0, "pad has no labels: they are of the tower's own crop or squash")):
         if getattr(cfg, name) and not needs and not (cfg.dry_run and name in ("llm", "vision")):
             raise UserError(f"--{name} {why}")
     return cfg
@@ -180,7 +181,7 @@ def setup_distributed():
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     if rank() != 0:
         disable_progress_bar()  # of transformers, which shows one for each file that it loads
     return device
@@ -221,8 +222,7 @@ def wrap(cfg, model, device, dtype):
             fully_shard(block, mp_policy=policy)
         return fully_shard(model)
     if dist.is_initialized():
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                       broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     return model
 
 
@@ -245,8 +245,11 @@ def prepare_out_dir(cfg):
         if (out / "metrics.jsonl").exists() and not cfg.resume:
             raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out_dir")
     else:
-        base = f"out/{cfg.preset or cfg.stage}" + (f"_{cfg.stage}" if cfg.preset and cfg.stage == "finetune" else
-                                                   "" if cfg.sea_weight or cfg.stage == "finetune" else "_baseline")
+        base = f"out/{cfg.preset or cfg.stage}"
+        if cfg.stage == "pretrain":
+            base += "" if cfg.sea_weight else "_baseline"
+        elif cfg.preset:
+            base += "_finetune"
         out = next(p for i in range(1, 10**6) if not (p := Path(base if i == 1 else f"{base}_{i}")).exists())
     return out
 

@@ -168,6 +168,10 @@ def test_a_template_that_marks_answers_is_kept(tokenizers):
     tokenizer.chat_template = own
     prepare_tokenizer(tokenizer)
     assert tokenizer.chat_template == own
+    tokenizer.chat_template = ("{% for m in messages %}{% if loop.index == 2 %}{% generation %}{{ m.content }}"
+                               "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}")
+    with pytest.raises(UserError, match="marks 1 of 2 answers"):
+        encode_conversation(conversation("Q1", "A1", "Q2", "A2"), tokenizer, 4, chat=True)
 
 
 @pytest.mark.parametrize("image", ["", "None", "nan", None, float("nan")])

@@ -1,8 +1,11 @@
-"""Real photographs, a real LLM and real shapes: Gemma 3 270M behind a CLIP-L/14@336 tower of random weights."""
+"""Real photographs, a real LLM and real shapes: Gemma 3 270M behind a CLIP-L/14@336 tower of random weights, from the
+word list to the answer of the exported model."""
 
+import copy
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from test_train import metrics
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+)
 
 import eval as evaluation
 import labels
 import train
+from data import IGNORE, encode_conversation, prepare_tokenizer
 from model import load_llm
 
 pytestmark = pytest.mark.real
@@ -70,46 +80,132 @@ def real(tmp_path_factory):
     torch.set_num_threads(1)
 
 
-def test_photographs_through_gemma(real, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def gemma(real):
+    """The LLM and its tokenizer, from its GGUF file."""
+    return load_llm(real / "gemma.gguf")
+
+
+@pytest.fixture(scope="module")
+def store(real):
+    """Words and labels of the photographs."""
     data = ["--data", f"{real}/train.json", "--image_folder", f"{real}/photos"]
     labels.main(["words", "--data", f"{real}/train.json", "--extra", f"{real}/extra.txt", "--min_count", "1", "--out",
-                 f"{tmp_path}/words.txt"])
-    words = (tmp_path / "words.txt").read_text().split()
+                 f"{real}/words.txt"])
+    words = (real / "words.txt").read_text().split()
     assert {"orange", "cat", "temple", "person"} <= set(words) and "the" not in words
-    labels.main(["extract", *data, "--words", f"{tmp_path}/words.txt", "--out", f"{tmp_path}/labels", "--encoder",
+    labels.main(["extract", *data, "--words", f"{real}/words.txt", "--out", f"{real}/labels", "--encoder",
                  f"{real}/clip", "--path", "last", "--sign", "-1"])
-    store = labels.LabelStore(tmp_path / "labels")
+    store = labels.LabelStore(real / "labels")
     assert len(store) == 6 and store[0][0].shape == (576, 10) and store.meta["grid"] == [24, 24]
-    labels.main(["show", "--labels", f"{tmp_path}/labels", "--out", f"{tmp_path}/labels.png"])
-    assert Image.open(tmp_path / "labels.png").size == (2 * 24 * 56 + 36, 2 * 24 * 56 + 36)
+    labels.main(["show", "--labels", f"{real}/labels", "--out", f"{real}/labels.png"])
+    assert Image.open(real / "labels.png").size == (2 * 24 * 56 + 36, 2 * 24 * 56 + 36)
+    return real / "labels"
 
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The models that train.main built, in order."""
+    found, build = [], train.build_model
+    monkeypatch.setattr(train, "build_model", lambda *args: found.append(build(*args)) or found[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def stage_1(real, store, gemma):
+    """The out_dir of a pretraining with --export."""
     models, build = [], train.build_model
-    monkeypatch.setattr(train, "build_model", lambda *args: models.append(build(*args)) or models[-1])  # to look at it
-    gguf_hash = hashlib.sha256((real / "gemma.gguf").read_bytes()).hexdigest()
-    train.main([*data, "--llm", f"{real}/gemma.gguf", "--vision", f"{real}/vision", "--labels", f"{tmp_path}/labels",
-                "--val_data", f"{real}/train.json", "--val_samples", "2", "--out_dir", f"{tmp_path}/run",
-                "--batch_size", "2", "--max_steps", "10", "--val_every", "10", "--save_every", "5", "--workers", "0"])
-    lines = metrics(tmp_path / "run")
-    captions, total = ([m["loss_g"] + weight * m["loss_a"] for m in lines] for weight in (0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_model", lambda *args: models.append(build(*args)) or models[-1])
+        gguf_hash = hashlib.sha256((real / "gemma.gguf").read_bytes()).hexdigest()
+        train.main(["--data", f"{real}/train.json", "--image_folder", f"{real}/photos", "--llm", f"{real}/gemma.gguf",
+                    "--vision", f"{real}/vision", "--labels", f"{real}/labels", "--val_data", f"{real}/train.json",
+                    "--val_samples", "2", "--out_dir", f"{real}/one", "--batch_size", "2", "--max_steps", "10",
+                    "--val_every", "10", "--save_every", "5", "--workers", "0", "--export"])
+    assert hashlib.sha256((real / "gemma.gguf").read_bytes()).hexdigest() == gguf_hash
+    return real / "one", models[0][0]
+
+
+def test_stage_1_trains_the_adapter_and_nothing_else(real, stage_1, gemma):
+    out, model = stage_1
+    captions, total = ([m["loss_g"] + weight * m["loss_a"] for m in metrics(out)] for weight in (0, 1))
     assert np.isfinite(total).all() and sum(total[-3:]) < 0.9 * sum(total[:3])
     assert sum(captions[-3:]) < 0.9 * sum(captions[:3])
-    model = models[0][0]
     assert model.grid == (24, 24) and model.adapter.output_scale == pytest.approx(640**0.5, rel=1e-3)
-    fresh, tokenizer = load_llm(real / "gemma.gguf")
-    for (name, after), before in zip(model.llm.state_dict().items(), fresh.state_dict().values()):
+    llm, tokenizer = gemma
+    for (name, after), before in zip(model.llm.state_dict().items(), llm.state_dict().values()):
         assert torch.equal(after, before), name
-    assert hashlib.sha256((real / "gemma.gguf").read_bytes()).hexdigest() == gguf_hash
     [ids] = tokenizer([" cat"], add_special_tokens=False)["input_ids"]
-    expected = fresh.get_input_embeddings()(torch.tensor(ids)).mean(0)  # Gemma's own scale included
+    expected = llm.get_input_embeddings()(torch.tensor(ids)).mean(0)  # Gemma's own scale included
+    words = (real / "words.txt").read_text().split()
     assert torch.allclose(model.word_vectors(torch.tensor([words.index("cat")]))[0], expected, atol=1e-5)
+    assert len(list(out.glob("checkpoints/step_*"))) == 2
 
-    run = ["--model", f"{tmp_path}/run", "--samples", "2"]
-    assert evaluation.main(["tacs", *run])["tacs"] == pytest.approx(lines[-1]["val_tacs"], rel=1e-3)
-    assert evaluation.main(["gap", *run])["D"] > 0
-    evaluation.main(["words", *run, "--out", f"{tmp_path}/words.png"])
-    assert Image.open(tmp_path / "words.png").size == (24 * 56 + 24, 2 * 24 * 56 + 36)
 
-    prompt = torch.tensor([[tokenizer.bos_token_id] + [model.image_token_id] * 576])
-    item = train.build_data(train.parse_config([*data, "--sea_weight", "0"]), model)[0][0]
-    new = model.generate(prompt, torch.ones_like(prompt), item["pixels"][None], max_new_tokens=8, min_new_tokens=8)
-    assert new.shape == (1, 8) and tokenizer.decode(new[0])
+def same_answers(model, folder, photo):
+    """transformers' Llava on what its processor makes of a photograph: the logits and the answer of `model`."""
+    llava = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor, image = AutoProcessor.from_pretrained(folder), Image.open(photo).convert("RGB")
+    question = [{"role": "user", "content": [{"type": "image", "image": image},
+                                             {"type": "text", "text": "What is in the picture?"}]}]
+    inputs = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                           return_tensors="pt")
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    assert (ids == model.image_token_id).sum() == 576
+    with torch.no_grad():
+        hidden = model.eval().embed(ids, model.encode_image(pixels))
+        ours, theirs = model.llm(inputs_embeds=hidden).logits, llava(**inputs).logits
+        assert ours.std() > 1 and (ours - theirs[..., :ours.shape[-1]]).abs().max() < 1e-4
+    new = model.generate(ids, torch.ones_like(ids), pixels, max_new_tokens=8)
+    said = llava.generate(**inputs, max_new_tokens=8, do_sample=False)[:, ids.shape[1]:]
+    assert new.tolist() == said.tolist() and processor.decode(new[0], skip_special_tokens=True).strip()
+    return new[0]
+
+
+def test_stage_2_from_the_exported_folder_to_an_answer(real, stage_1, trained, gemma):
+    out, model = stage_1
+    same_answers(model, out / "model", real / "photos/coffee.png")
+    shutil.copytree(out / "model", real / "llava", ignore=shutil.ignore_patterns("adapter.safetensors"))
+    answers = {name: text.split(" in ")[0].split(" of ")[0] for name, text in CAPTIONS.items()}
+    (real / "chats.jsonl").write_text("".join(json.dumps(
+        {"id": name, "image": name, "conversations": [
+            {"from": "human", "value": "<image>\nWhat is in the picture?"}, {"from": "gpt", "value": answers[name]},
+            {"from": "human", "value": "Say more."}, {"from": "gpt", "value": text}]}) + "\n"
+        for name, text in CAPTIONS.items()))
+    train.main(["--stage", "finetune", "--init", f"{real}/llava", "--data", f"{real}/chats.jsonl", "--image_folder",
+                f"{real}/photos", "--out_dir", f"{real}/two", "--batch_size", "2", "--max_steps", "8", "--save_every",
+                "0", "--workers", "0", "--lr", "5e-5"])
+    losses = [line["loss_g"] for line in metrics(real / "two")]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    second, tokenizer = trained[0][0], gemma[1]
+    assert second.geometry["mode"] == "pad" and tokenizer.convert_tokens_to_ids("<end_of_turn>") in second.end_tokens()
+    assert not torch.equal(second.llm.get_input_embeddings().weight[:100], model.embed_tokens.weight[:100])
+    same_answers(second, real / "two/model", real / "photos/coffee.png")
+    run = ["--model", f"{real}/two/model", "--samples", "2", "--data", f"{real}/train.json", "--image_folder",
+           f"{real}/photos"]
+    words = ["--words", f"{real}/words.txt"]
+    assert -1 <= evaluation.main(["tacs", *run])["tacs"] <= 1 and evaluation.main(["gap", *run, *words])["D"] > 0
+    evaluation.main(["words", *run, *words, "--out", f"{real}/words.png"])
+    assert Image.open(real / "words.png").size == (24 * 56 + 24, 2 * 24 * 56 + 36)
+
+
+def test_the_real_tokenizer_of_gemma_trains_the_answers_alone(gemma):
+    tokenizer = copy.deepcopy(gemma[1])
+    prepare_tokenizer(tokenizer)
+    sample = {"image": "a.png", "conversations": [
+        {"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A red\n\ndoor, 3 m."},
+        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Ja, natürlich 🙂"}]}
+    ids, targets = encode_conversation(sample, tokenizer, 2, chat=True)
+    assert tokenizer.decode(ids) == (
+        "<bos><start_of_turn>user\n<image><image>\nWhat?<end_of_turn>\n<start_of_turn>model\nA red\n\ndoor, 3 m."
+        "<end_of_turn>\n<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\nJa, natürlich 🙂<end_of_turn>\n")
+    assert tokenizer.decode(targets[targets != IGNORE]) == (
+        "A red\n\ndoor, 3 m.<end_of_turn>\nJa, natürlich 🙂<end_of_turn>\n")
+
+
+def test_compiled_blocks_train_like_plain_ones(finetune_flags, tmp_path):
+    """The real compiler, for it takes most of a minute."""
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        train.main([*finetune_flags, "--out_dir", str(tmp_path / name), *extra])
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")):
+        assert a == pytest.approx(b, rel=1e-4)

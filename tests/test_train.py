@@ -121,6 +121,44 @@ def test_bad_flags_and_bad_paths_are_refused_in_one_line(flags, tmp_path, extra,
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--init", "x"], "--init belongs to --stage finetune"),
+    (["--tune_vision"], "--tune_vision belongs to --stage finetune"),
+    (["--image_mode", "pad"], "--image_mode pad has no labels"),
+    (["--fsdp"], "--fsdp needs torchrun"),
+    (["--world_size", "8"], "--world_size belongs to --dry_run"),
+    (["--stage", "finetune", "--sea_weight", "1"], "--sea_weight belongs to --stage pretrain"),
+    (["--stage", "finetune", "--llm", "gemma-2b"], "--llm belongs to --stage pretrain"),
+    (["--stage", "finetune", "--vision", "x"], "--vision belongs to --stage pretrain"),
+    (["--keep", "-1"], "--keep must not be negative"),
+])
+def test_flags_of_the_other_stage_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        train.parse_config(flags)
+
+
+# LLaVA-1.5's table and Cambrian's data, by hand; at 8 GPUs the global batches are 256 and 128
+@pytest.mark.parametrize("flags, expected", [
+    (["--stage", "pretrain"], dict(
+        llm="vicuna-7b", vision="clip-l-336", data="data/blip_laion_cc_sbu_558k.json", lr=1e-3, batch_size=32,
+        sea_weight=1.0, image_mode="", tune_vision=False)),
+    (["--stage", "finetune"], dict(
+        init="out/pretrain", data="data/llava_v1_5_mix665k.json", lr=2e-5, batch_size=16, sea_weight=0.0,
+        image_mode="pad", tune_vision=False)),
+    (["--stage", "finetune", "--tune_vision"], dict(tune_vision=True, vision_lr=2e-6, lr=2e-5)),
+    (["--recipe", "prime"], dict(vision="siglip-384", data="data/alignment_2.5m.jsonl", lr=1e-3, sea_weight=1.0)),
+    (["--recipe", "prime", "--stage", "finetune"], dict(
+        data="data/Cambrian7M_withsystemprompt.jsonl", tune_vision=True, vision_lr=2e-6, image_mode="pad")),
+    (["--preset", "toy", "--stage", "finetune", "--lr", "0.1"], dict(init="out/toy", lr=0.1, sea_weight=0.0)),
+    (["--preset", "small"], dict(llm="qwen3-0.6b", batch_size=8, grad_accum=32)),
+])
+def test_recipes(flags, expected):
+    cfg = train.parse_config(flags)
+    common = dict(warmup_ratio=0.03, weight_decay=0.0, clip_grad=0.0, epochs=1.0, max_length=2048)
+    for name, value in (common | expected).items():
+        assert getattr(cfg, name) == value, name
+
+
 def test_an_unknown_flag_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
         train.main([*flags, "--learning_rate", "1"])
@@ -145,6 +183,35 @@ def test_a_run_is_never_written_over_and_resuming_checks_the_settings(flags, tmp
     shard.write_bytes(shard.read_bytes()[:-200])
     with pytest.raises(UserError, match="step_6: truncated or corrupt"):
         train.main([*flags, *out, "--resume"])
+
+
+def test_only_the_newest_checkpoints_are_kept(finetune_flags, tmp_path):
+    train.main([*finetune_flags, "--out_dir", str(tmp_path), "--save_every", "2", "--keep", "1"])
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_6"]
+
+
+def test_stage_2_learns_what_stage_1_cannot(finetune_flags, tmp_path, world):
+    """The answers are always "the", a word: the loss goes to nearly nothing, the LLM is what changes."""
+    train.main([*finetune_flags, "--out_dir", str(tmp_path), "--max_steps", "60", "--val_every", "60", "--lr", "0.01"])
+    losses = [m["loss_g"] for m in metrics(tmp_path)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert "val_tacs" not in metrics(tmp_path)[-1] and metrics(tmp_path)[-1]["val_loss"] < losses[0]
+
+
+def test_stage_2_starts_from_the_adapter_of_stage_1(finetune_flags, tmp_path):
+    """With a rate of (almost) nothing the exported projector is the adapter that --init names."""
+    train.main([*finetune_flags, "--out_dir", str(tmp_path), "--lr", "1e-12", "--max_steps", "1"])
+    before = load_file(Path(finetune_flags[3]) / "model/adapter.safetensors")
+    after = load_file(tmp_path / "model/model.safetensors")
+    for name in ("linear_1.weight", "linear_2.bias"):
+        assert torch.allclose(before[f"adapter.{name}"], after[f"multi_modal_projector.{name}"], atol=1e-8)
+
+
+def test_a_missing_stage_1_is_named(finetune_flags, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for init, message in (("empty", "no adapter.safetensors and no Llava model"), ("none", "no adapter.safetensors")):
+        with pytest.raises(UserError, match=message):
+            train.main([*finetune_flags, "--init", str(tmp_path / init), "--out_dir", str(tmp_path / "run")])
 
 
 def test_a_command_line_error_is_one_line(flags, tmp_path):
