@@ -13,10 +13,9 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from data import UserError, load_samples
-from model import SEAModel, find_model
+from model import SEAModel, find_model, part_names
 from train import parse_config, world_size
 
 # Samples of the files that the recipes name, for a plan before the download; those of Cambrian-1 are approximate.
@@ -35,9 +34,7 @@ def find_parts(cfg):
         folder = find_model(cfg.init)
         if not (folder / "adapter.safetensors").is_file():
             raise UserError(f"{folder}: a Llava model, whose parts --dry_run does not read; add --vision and --llm")
-        with safe_open(folder / "adapter.safetensors", "pt") as f:
-            names = {k: str(folder / v) if v.startswith("./") else v for k, v in f.metadata().items()}
-        origin = f"of {folder}"
+        names, origin = part_names(folder), f"of {folder}"
     else:
         names = vars(parse_config(["--stage", "pretrain", "--recipe", cfg.recipe, "--preset", cfg.preset]))
         origin = f"{cfg.init} is no folder, so stage 1's defaults; --vision and --llm plan for others"
@@ -63,10 +60,9 @@ def gpu_memory(cfg, model, world, positions, checkpoint):
     GiB for the CUDA context, the allocator's gaps and the kernels' buffers.
 
     frozen: weights in the compute dtype. trained, gradients, moments: 4, 4 and 8 bytes for each trained weight. --fsdp
-    divides the four by the ranks; with --grad_accum gradients stay whole, for they are reduced after the last pass.
-    copies: autocast's bf16 copy and, with several ranks, a second fp32 gradient of each trained weight (DDP's buckets).
-    --fsdp has that only for what is in no block (embeddings, head, adapter), which it holds whole, and gathers two
-    blocks in the compute dtype, with the gradients of one in that dtype and in fp32.
+    divides the four by the ranks. copies: autocast's bf16 copy of each trained weight. --fsdp has that only for what
+    is in no block (embeddings, head, adapter), which it holds whole, gradients too, and gathers two blocks in the
+    compute dtype, with the gradients of one in that dtype and in fp32.
     activations: batch x positions x kept_bytes of all blocks; with checkpoint their inputs, and kept_bytes of one. The
     vision tower has some only if it is trained. logits: of trained positions, log-probabilities and two gradients.
     """
@@ -75,14 +71,14 @@ def gpu_memory(cfg, model, world, positions, checkpoint):
     whole = list(model.parameters())
     n = numel(whole, trained=True)
     mem = dict(frozen=sum(p.nbytes for p in whole if not p.requires_grad) / shards, trained=4 * n / shards,
-               gradients=4 * n / (shards if cfg.grad_accum == 1 else 1), moments=8 * n / shards, copies=0)
+               gradients=4 * n / shards, moments=8 * n / shards, copies=0)
     if cfg.fsdp:
         blocks = [*vision_blocks, *llm_blocks]
         sharded = {id(p) for block in blocks for p in block.parameters()}
         whole = [p for p in whole if id(p) not in sharded]
         mem["copies"] = sum(p.nbytes for p in whole) + max(
             2 * size * numel(b.parameters()) + (size + 4) * numel(b.parameters(), trained=True) for b in blocks)
-    mem["copies"] += (2 * (size == 2) + 4 * (world > 1)) * numel(whole, trained=True)
+    mem["copies"] += (2 * (size == 2) + 4 * (cfg.fsdp and world > 1)) * numel(whole, trained=True)
 
     kept, inputs = [], 0
     parts = [(model.llm, llm_blocks, positions)] + [(model.vision, vision_blocks, model.image_tokens)] * cfg.tune_vision
@@ -138,8 +134,8 @@ def plan(cfg):
     if cfg.sea_weight > 0:
         disk |= {"labels": 4 * labels, "labels of 65,535 words or more": 6 * labels}
 
-    print(f"{cfg.stage} on {world} GPUs: {vision} and {llm} ({origin}); {cfg.data}"
-          f"{' (not here: its published size, of Cambrian-1 rounded)' if known else ''}")
+    print(f"{cfg.stage} on {world} GPUs: {vision} and {llm} ({origin}); {cfg.data}" + (
+        f" (not here; it has {'about ' if samples % 1000 == 0 else ''}{samples:,} samples)" if known else ""))
     table(("parameters", "all", "trained"), *((name, *n) for name, n in params.items()),
           ("", f"{total / 1e9:.2f} B", f"{trained / 1e6:.2f} M"))
     table(*run.items())

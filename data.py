@@ -139,8 +139,8 @@ def _check(sample, captions, where):
     speakers = " ".join(turn["from"] for turn in turns)
     shape = "human gpt" if captions else "(system )?(gpt )?human gpt( human gpt)*( human)?"
     if not re.fullmatch(shape, speakers):
-        raise UserError(f"{where}: the turns are from {speakers!r}; they must be a caption's (human gpt) in stage 1 and "
-                        "alternate between human and gpt, system first if at all, in stage 2")
+        raise UserError(f"{where}: the turns are from {speakers!r}; they must be a caption's (human gpt) in stage 1,"
+                        " and alternate between human and gpt, after a system turn if any, in stage 2")
     marked = [turn["from"] for turn in turns if IMAGE_TOKEN in turn["value"]]
     if marked and (marked != ["human"] or not image_of(sample)):
         raise UserError(f"{where}: {IMAGE_TOKEN} may stand in one human turn of a sample with an image; here it is in "

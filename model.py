@@ -6,6 +6,7 @@
 
 import contextlib
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -117,6 +118,17 @@ def find_model(path):
                     "give the --out_dir of a training run or a Llava folder")
 
 
+def part_names(folder):
+    """dict of vision and llm: where the parts of folder/adapter.safetensors are, beside it or as its header says."""
+    path = folder / "adapter.safetensors"
+    try:
+        with safe_open(path, "pt") as f:
+            names = f.metadata()
+    except SafetensorError as e:
+        raise UserError(f"{path}: truncated or corrupt ({e}); use an earlier checkpoint") from e
+    return {k: str(folder / k) if (folder / k).is_dir() else names[k] for k in ("vision", "llm")}
+
+
 # ----------------------------------------------------------------------------------------------------- model
 
 
@@ -136,7 +148,7 @@ class SEAModel(nn.Module):
         self.image_tokens = self.grid[0] * self.grid[1]
         scale = float(getattr(self.embed_tokens, "scalar_embed_scale", getattr(self.embed_tokens, "embed_scale", 1.0)))
         self.adapter = Adapter(vision.config.hidden_size, self.embed_tokens.weight.shape[1], scale)
-        self.log_scale = nn.Parameter(torch.full((1,), -float(torch.tensor(tau).log())))
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(tau)))
         self.words = None  # token ids and offsets of the label words, see set_words
 
     @classmethod
@@ -153,17 +165,10 @@ class SEAModel(nn.Module):
         """The model of a training run (its out_dir, its model/, or a checkpoint of stage 1), or of any Hugging Face
         Llava folder or hub name."""
         folder = find_model(path)
-        path = Path(folder) / "adapter.safetensors"
-        if not path.is_file():
+        if not (Path(folder) / "adapter.safetensors").is_file():
             return cls.from_llava(folder, dtype)
-        try:
-            with safe_open(path, "pt") as f:
-                names = f.metadata()
-        except SafetensorError as e:
-            raise UserError(f"{path}: truncated or corrupt ({e}); use an earlier checkpoint") from e
-        names = {k: str(folder / v) if v.startswith("./") else v for k, v in names.items()}  # of save_parts
-        model = cls.from_parts(names["vision"], names["llm"], dtype)
-        model.load_adapter(path)
+        model = cls.from_parts(**part_names(folder), dtype=dtype)
+        model.load_adapter(folder / "adapter.safetensors")
         return model
 
     @classmethod
@@ -237,7 +242,8 @@ class SEAModel(nn.Module):
         """Why transformers' Llava cannot hold this LLM, or None."""
         if getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None):
             return "its logits are soft-capped, which Llava would leave out"
-        if self.llm.base_model_prefix != "model" or getattr(self.llm.get_output_embeddings(), "bias", None) is not None:
+        text_only = self.llm.config.get_text_config() is self.llm.config and self.llm.base_model_prefix == "model"
+        if not text_only or self.llm.get_output_embeddings().bias is not None:
             return f"{type(self.llm).__name__} is built otherwise"
 
     def end_tokens(self):
@@ -253,8 +259,7 @@ class SEAModel(nn.Module):
             weights = {k.removeprefix(f"{name}."): w for k, w in state.items() if k.startswith(f"{name}.")}
             part.save_pretrained(folder / name, state_dict=weights)
             beside.save_pretrained(folder / name)
-        self.names = dict(llm="./llm", vision="./vision")
-        self.save_adapter(folder, {k: state[k] for k in ("log_scale", *state) if not k.startswith(("llm.", "vision."))})
+        self.save_adapter(folder, {k: w for k, w in state.items() if not k.startswith(("llm.", "vision."))})
 
     def save_llava(self, folder, state, dtype):
         """Write a folder that LlavaForConditionalGeneration and AutoProcessor load, weights in dtype.

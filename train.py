@@ -94,7 +94,7 @@ class TrainConfig:
     # machine
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of frozen weights, autocast, export; bf16 on GPUs")
     fsdp: bool = flag(False, "shard the model over the ranks (FSDP2) instead of copying it (DDP)")
-    grad_checkpoint: bool = flag(False, "recompute activations in backward: less memory, more time")
+    grad_checkpoint: bool = flag(True, "recompute activations in backward, as LLaVA: less memory, more time")
     compile: bool = flag(False, "torch.compile each transformer block of the LLM")
     workers: int = flag(4, "image-decoding processes per rank")
     # log
@@ -111,7 +111,7 @@ class TrainConfig:
 
 # What a recipe changes, by stage. A global batch of 128 = 8 GPUs x 16 in stage 2.
 _FINETUNE = dict(llm="", vision="", init="out/pretrain", sea_weight=0.0, labels="", image_mode="pad", batch_size=16,
-                 lr=2e-5, grad_checkpoint=True, keep=1)
+                 lr=2e-5, keep=1)
 RECIPES = {
     ("llava15", "pretrain"): {},
     ("llava15", "finetune"): dict(_FINETUNE, data="data/llava_v1_5_mix665k.json"),
@@ -119,15 +119,15 @@ RECIPES = {
     ("prime", "pretrain"): dict(vision="siglip-384", data="data/alignment_2.5m.jsonl"),
     ("prime", "finetune"): dict(_FINETUNE, data="data/Cambrian7M_withsystemprompt.jsonl", tune_vision=True),
 }
-_TOY = dict(image_folder="toy/images", batch_size=16, max_steps=180, val_every=30, save_every=60, workers=0)
-_SMALL = dict(batch_size=8, grad_checkpoint=True)
+_TOY = dict(image_folder="toy/images", batch_size=16, max_steps=180, val_every=30, save_every=60, workers=0,
+            grad_checkpoint=False)
 PRESETS = {
     ("toy", "pretrain"): dict(_TOY, llm="toy/llm", vision="toy/vision", data="toy/train.json", labels="toy/labels",
                               val_data="toy/val.json"),
     ("toy", "finetune"): dict(_TOY, init="out/toy", data="toy/train_qa.json", val_data="toy/val_qa.json", lr=3e-4,
-                              image_mode="", grad_checkpoint=False),
-    ("small", "pretrain"): dict(_SMALL, llm="qwen3-0.6b", grad_accum=32),
-    ("small", "finetune"): dict(_SMALL, init="out/small", grad_accum=16),
+                              image_mode=""),
+    ("small", "pretrain"): dict(llm="qwen3-0.6b", batch_size=8, grad_accum=32),
+    ("small", "finetune"): dict(init="out/small", batch_size=8, grad_accum=16),
 }
 
 
@@ -148,7 +148,7 @@ def parse_config(argv=None):
             raise UserError(f"--{name} must not be negative, not {getattr(cfg, name)}")
     for name, needs, why in (
             ("gather_pairs", cfg.sea_weight > 0, "contradicts --sea_weight 0: the baseline has no pairs"),
-            ("gather_pairs", world_size() > 1, "needs several ranks: start with torchrun, or leave it out"),
+            ("gather_pairs", max(cfg.world_size, world_size()) > 1, "needs several ranks: start with torchrun, or leave it out"),
             ("resume", cfg.out_dir, "needs --out_dir, the folder of the run to go on with"),
             ("fsdp", "RANK" in os.environ or cfg.dry_run, "needs torchrun, for one GPU too: --nproc_per_node=1"),
             ("world_size", cfg.dry_run, "belongs to --dry_run; a run gets its ranks from torchrun"),
@@ -222,17 +222,9 @@ def wrap(cfg, model, device, dtype):
             fully_shard(block, mp_policy=policy)
         return fully_shard(model)
     if dist.is_initialized():
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True)
     return model
-
-
-@contextlib.contextmanager
-def gradient_sync(forward, on):
-    """Gradients are averaged over the ranks after the last micro-batch only."""
-    if isinstance(forward, FSDPModule):
-        forward.set_requires_gradient_sync(on)
-    with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not on else contextlib.nullcontext():
-        yield
 
 
 # ----------------------------------------------------------------------------------------------------- build
@@ -384,7 +376,9 @@ def train_step(cfg, model, forward, batches, optimizer, schedule, step, device, 
     for i, batch in enumerate(batches):
         index = batch.pop("index")
         batch = {k: v if k.startswith("label_") else v.to(device, non_blocking=True) for k, v in batch.items()}
-        with gradient_sync(forward, on=i == len(batches) - 1):
+        # DDP averages gradients after the last micro-batch; FSDP after each, or it would hold them whole
+        wait = isinstance(forward, DistributedDataParallel) and i < len(batches) - 1
+        with forward.no_sync() if wait else contextlib.nullcontext():
             with autocast():
                 # DDP and FSDP average gradients over ranks: a per-rank share of the mean over all ranks' tokens
                 out = forward(**batch, num_targets=num_targets / world_size(), window=cfg.window,

@@ -126,7 +126,7 @@ def samples(world):
 
 
 def sentencepiece_tokenizer(folder, bos):
-    """Mistral's first tokenizer: SentencePiece with 32,000 pieces and byte fallback, as Llama 2's, Vicuna's, Phi-3's."""
+    """Mistral's first tokenizer: SentencePiece with 32,000 pieces and byte fallback, as Vicuna's and Phi-3's."""
     import mistral_common
     folder.mkdir(exist_ok=True)
     source = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"

@@ -153,7 +153,7 @@ def test_the_papers_run_as_printed(capsys):
     plan = dry_run("--world_size 8")
     out = capsys.readouterr().out
     assert plan["params"]["total"] == (7_062_902_784, 20_979_712 + 1) and "7.06 B" in out and "20.98 M" in out
-    assert "published size" in out and plan["disk"]["labels"] == 558_128 * 576 * 10 * 4  # 13 GB
+    assert "(not here; it has 558,128 samples)" in out and plan["disk"]["labels"] == 558_128 * 576 * 10 * 4  # 13 GB
     assert "12.86" in out and plan["disk"]["labels of 65,535 words or more"] == 558_128 * 576 * 10 * 6
     config = json.loads(out.strip().splitlines()[-1])
     assert config["llm"] == "vicuna-7b" and config["world_size"] == 8 and config["lr"] == 1e-3
@@ -176,9 +176,9 @@ def test_nothing_is_loaded_or_written(monkeypatch, tmp_path, hub):
 def test_memory_of_weights_by_hand():
     llm, vision, adapter = LLM_SIZES["vicuna-7b"], TOWER_SIZES["clip-l-336"], 20_979_712
     one, eight = (dry_run(f"--world_size {n}") for n in (1, 8))
-    for mem in eight["gpu"].values():  # copies: autocast's in bf16, DDP's buckets in fp32
+    for mem in eight["gpu"].values():  # copies: autocast's in bf16; DDP's buckets are the gradients themselves
         assert mem["frozen"] == 2 * (llm + vision) and mem["trained"] == mem["gradients"] == 4 * (adapter + 1)
-        assert mem["moments"] == 8 * (adapter + 1) and mem["copies"] == (2 + 4) * (adapter + 1)
+        assert mem["moments"] == 8 * (adapter + 1) and mem["copies"] == 2 * (adapter + 1)
         assert mem["total"] == sum(v for k, v in mem.items() if k != "total")
     assert next(iter(one["gpu"].values()))["copies"] == 2 * (adapter + 1)
     assert (one["cpu"], eight["cpu"]) == tuple(n * (2 * (llm + vision) + 4 * (adapter + 1)) for n in (1, 8))
@@ -187,7 +187,7 @@ def test_memory_of_weights_by_hand():
     mem, accumulated = (next(iter(dry_run(f"{finetune} {more}")["gpu"].values())) for more in ("", "--grad_accum 2"))
     assert mem["trained"] == mem["gradients"] == 4 * tuned / 16 and mem["moments"] == 8 * tuned / 16
     assert mem["frozen"] == (2 * vision + 4) / 16  # 4: the temperature
-    assert accumulated == mem | {"gradients": 4 * tuned, "total": mem["total"] + 4 * tuned - 4 * tuned / 16}
+    assert accumulated == mem  # gradients are reduced after each pass
     block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     outside = 2 * 32000 * 4096 + 4096 + adapter  # embeddings, head, last norm
     gathered = 2 * 2 * block + (2 + 4) * block  # in use and prefetched; gradients of one, in bf16 and in fp32
@@ -212,12 +212,13 @@ def test_checkpoints_and_models_on_disk():
         assert dry_run(f"--world_size 8 {flags}")["disk"]["checkpoints that stay"] == 0
 
 
-def test_a_tuned_tower_trains_all_but_its_last_block():
+def test_a_tuned_tower_trains_all_but_its_last_block(capsys):
     plan = dry_run("--stage finetune --world_size 8 --tune_vision")
     assert plan["params"]["vision"][1] == CLIP_EMBED + 2 * 1024 + 23 * CLIP_BLOCK
     plan = dry_run("--stage finetune --world_size 8 --recipe prime")
     assert plan["params"]["vision"] == (TOWER_SIZES["siglip-384"], SIGLIP_EMBED + 26 * SIGLIP_BLOCK)
     assert plan["run"]["samples"] == 7_070_000 and plan["run"]["image tokens a step"] == 128 * 729
+    assert "it has about 7,070,000 samples" in capsys.readouterr().out
     plan = dry_run("--stage finetune --world_size 8 --tune_vision --vision dinov2-224 --llm qwen3-0.6b")
     block = CLIP_BLOCK + 2 * 1024
     # not the mask token, the last block, the last norm
@@ -334,6 +335,7 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
     everything = kept()
     assert planned(False) == pytest.approx(everything, rel=0.15)
     for part in (built.llm, built.vision)[:1 + ("vision" in stage)]:
-        part.gradient_checkpointing_enable({"use_reentrant": False})
+        # the name before transformers 5.23 and the name since
+        getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)({"use_reentrant": False})
         part.train()
     assert planned(True) == pytest.approx(kept() + everything / 8, rel=0.25)  # one of 8 blocks at a time

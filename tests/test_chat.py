@@ -25,16 +25,17 @@ PUBLISHED = {
                "<|end_header_id|>\n\n<image>\nQ1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
                "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
                "\n\nA2<|eot_id|>",
-    "phi-3": "<|system|>\nBe brief.<|end|>\n<|user|>\n<image>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nQ2<|end|>"
-             "\n<|assistant|>\nA2<|end|>\n",
-    "gemma": "<start_of_turn>user\nBe brief.\n\n<image>\nQ1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>\n"
-             "<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\nA2<end_of_turn>\n",
+    "phi-3": "<|system|>\nBe brief.<|end|>\n<|user|>\n<image>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nQ2"
+             "<|end|>\n<|assistant|>\nA2<|end|>\n",
+    "gemma": "<start_of_turn>user\nBe brief.\n\n<image>\nQ1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>"
+             "\n<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\nA2<end_of_turn>\n",
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\n"
               "A1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n",
 }
 DEFAULT_SYSTEM = {"vicuna": SYSTEM, "llama-3": SYSTEM, "phi-3": "You are a helpful AI assistant.", "gemma": None,
                   "chatml": None}
-END = {"vicuna": "</s>", "llama-3": "<|eot_id|>", "phi-3": "<|end|>", "gemma": "<end_of_turn>\n", "chatml": "<|im_end|>"}
+END = {"vicuna": "</s>", "llama-3": "<|eot_id|>", "phi-3": "<|end|>", "gemma": "<end_of_turn>\n",
+       "chatml": "<|im_end|>"}
 GEOMETRY = dict(size=28, mode="pad", mean=tuple(MEAN), std=tuple(STD))  # 2 x 2 patches of 14
 
 
@@ -186,7 +187,7 @@ def test_what_counts_as_no_image(tmp_path, image):
 
 @pytest.mark.parametrize("sample, message", [
     (conversation("<image>\nQ1", "A1", image=None), r"here it is in turns of \['human'\], and the image is None"),
-    (conversation("<image>\nQ1", "A1", "<image>", "A2"), r"one human turn .* here it is in turns of \['human', 'human'\]"),
+    (conversation("<image>\nQ1", "A1", "<image>", "A2"), r"one human turn .* in turns of \['human', 'human'\]"),
     (conversation("Q1", "A1 <image>"), r"here it is in turns of \['gpt'\]"),
     (conversation("Q1", "A1") | {"image": ["a", "b"]}, r"one path below --image_folder, not \['a', 'b'\]"),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}, "from 'human human'"),
@@ -201,7 +202,8 @@ def test_what_stage_2_refuses(tmp_path, sample, message):
 def test_text_only_and_image_samples_in_one_batch(tokenizers, tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     tokenizer = tokenizers["llama-3"]
-    samples = [conversation("Q1", "A1", image=None), conversation("<image>\nQ1", "A1"), conversation("Q", "A", image="")]
+    samples = [conversation("Q1", "A1", image=None), conversation("<image>\nQ1", "A1"),
+               conversation("Q", "A", image="")]
     dataset = data.LlavaDataset(samples, tmp_path, GEOMETRY, tokenizer, 4, chat=True)
     batch = data.collate([dataset[i] for i in range(3)], tokenizer.pad_token_id)
     images = (batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")).sum(1)
