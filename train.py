@@ -127,7 +127,7 @@ PRESETS = {
     ("toy", "finetune"): dict(_TOY, init="out/toy", data="toy/train_qa.json", val_data="toy/val_qa.json", lr=3e-4,
                               image_mode=""),
     ("small", "pretrain"): dict(llm="qwen3-0.6b", batch_size=8, grad_accum=32),
-    ("small", "finetune"): dict(init="out/small", batch_size=8, grad_accum=16),
+    ("small", "finetune"): dict(init="out/small", batch_size=4, grad_accum=32),
 }
 
 
@@ -148,7 +148,7 @@ def parse_config(argv=None):
             raise UserError(f"--{name} must not be negative, not {getattr(cfg, name)}")
     for name, needs, why in (
             ("gather_pairs", cfg.sea_weight > 0, "contradicts --sea_weight 0: the baseline has no pairs"),
-            ("gather_pairs", max(cfg.world_size, world_size()) > 1, "needs several ranks: start with torchrun, or leave it out"),
+            ("gather_pairs", max(cfg.world_size, world_size()) > 1, "needs several ranks: start with torchrun"),
             ("resume", cfg.out_dir, "needs --out_dir, the folder of the run to go on with"),
             ("fsdp", "RANK" in os.environ or cfg.dry_run, "needs torchrun, for one GPU too: --nproc_per_node=1"),
             ("world_size", cfg.dry_run, "belongs to --dry_run; a run gets its ranks from torchrun"),

@@ -29,8 +29,8 @@ PUBLISHED = {
              "<|end|>\n<|assistant|>\nA2<|end|>\n",
     "gemma": "<start_of_turn>user\nBe brief.\n\n<image>\nQ1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>"
              "\n<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\nA2<end_of_turn>\n",
-    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\n"
-              "A1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n",
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant"
+              "\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n",
 }
 DEFAULT_SYSTEM = {"vicuna": SYSTEM, "llama-3": SYSTEM, "phi-3": "You are a helpful AI assistant.", "gemma": None,
                   "chatml": None}
