@@ -60,9 +60,9 @@ def gpu_memory(cfg, model, world, positions, checkpoint):
     GiB for the CUDA context, the allocator's gaps and the kernels' buffers.
 
     frozen: weights in the compute dtype. trained, gradients, moments: 4, 4 and 8 bytes for each trained weight. --fsdp
-    divides the four by the ranks. copies: autocast's bf16 copy of each trained weight. --fsdp has that only for what
-    is in no block (embeddings, head, adapter), which it holds whole, gradients too, and gathers two blocks in the
-    compute dtype, with the gradients of one in that dtype and in fp32.
+    divides the four by the ranks. copies: autocast's bf16 copy of each trained weight; with --fsdp instead what is
+    whole for a time, in the compute dtype: what is in no block (embeddings, head, adapter) and two blocks, and the
+    gradients of the former and of one block in that dtype and in fp32.
     activations: batch x positions x kept_bytes of all blocks; with checkpoint their inputs, and kept_bytes of one. The
     vision tower has some only if it is trained. logits: of trained positions, log-probabilities and two gradients.
     """
@@ -76,9 +76,10 @@ def gpu_memory(cfg, model, world, positions, checkpoint):
         blocks = [*vision_blocks, *llm_blocks]
         sharded = {id(p) for block in blocks for p in block.parameters()}
         whole = [p for p in whole if id(p) not in sharded]
-        mem["copies"] = sum(p.nbytes for p in whole) + max(
+        mem["copies"] = size * numel(whole) + (size + 4) * numel(whole, trained=True) + max(
             2 * size * numel(b.parameters()) + (size + 4) * numel(b.parameters(), trained=True) for b in blocks)
-    mem["copies"] += (2 * (size == 2) + 4 * (cfg.fsdp and world > 1)) * numel(whole, trained=True)
+    elif size == 2:
+        mem["copies"] = 2 * n
 
     kept, inputs = [], 0
     parts = [(model.llm, llm_blocks, positions)] + [(model.vision, vision_blocks, model.image_tokens)] * cfg.tune_vision
@@ -110,7 +111,7 @@ def plan(cfg):
     loading = min(world, 8) * sum(p.nbytes for p in model.parameters())  # each rank of a node holds all of it
     model.log_scale.requires_grad_(cfg.sea_weight > 0)  # from here on as train.build_model
     if not pretrain:
-        model.tune_llm()
+        model.llm.requires_grad_(True)
         model.tune_vision() if cfg.tune_vision else model.vision.to(dtype)
     parts = {name: list(getattr(model, name).parameters()) for name in ("vision", "adapter", "llm")}
     params = {name: (numel(p), numel(p, trained=True)) for name, p in parts.items()}

@@ -119,7 +119,7 @@ def load_samples(path, captions=True):
 def image_of(sample):
     """The image path of a sample, or None if it is text alone: Cambrian writes '', "None" and "nan" for that."""
     image = sample.get("image")
-    return image if isinstance(image, str) and image not in ("", "None", "nan") else None
+    return image if isinstance(image, str) and image.lower() not in ("", "none", "nan") else None
 
 
 def sample_length(sample):
@@ -155,7 +155,7 @@ def epoch_order(n, seed, epoch):
 def grouped_order(lengths, batch_size, micro_batches, seed, epoch):
     """LLaVA's order for stage 2: every step holds samples of one kind (with image, or text only), shared out so that
     its micro-batches are about equally long. lengths as of sample_length -> a permutation. What does not fill a step
-    of its own kind comes last, mixed."""
+    of its own kind comes last, mixed. A recipe of one epoch: in a second one, steps begin inside the groups."""
     rng, step_size, steps, rest = np.random.default_rng([seed, epoch]), batch_size * micro_batches, [], []
     for kind in (lengths > 0, lengths < 0):
         index = rng.permutation(np.flatnonzero(kind))
@@ -248,46 +248,50 @@ def vision_geometry(vision):
 
 _LLAVA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
                  "detailed, and polite answers to the user's questions.")
-# name -> marker: the token whose presence in a vocabulary selects the format; its end-of-turn token (None: the
-# tokenizer's EOS); the system text where a conversation brings none; a user turn, {s} the system text and its frame,
-# which the first user turn opens with; that frame; what prompts an answer; the answer, {e} the end-of-turn token;
-# what follows. The answer's own part is what is trained.
+# format -> the token whose presence in a vocabulary tells it; its end-of-turn token (None: the tokenizer's EOS); the
+# texts around: [before, after] a system and a user turn, whether the former stands inside the first of the latter, the
+# system text where a conversation brings none, what prompts an answer, and around the answer and its end-of-turn token,
+# lead and tail, which are trained with it, and what follows.
 CHATS = {
-    "llama-3": ("<|start_header_id|>", "<|eot_id|>", _LLAVA_SYSTEM,
-                "{s}<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-                "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-                "<|start_header_id|>assistant<|end_header_id|>\n\n", "{}{e}", ""),
-    "phi-3": ("<|assistant|>", "<|end|>", "You are a helpful AI assistant.", "{s}<|user|>\n{}<|end|>\n",
-              "<|system|>\n{}<|end|>\n", "<|assistant|>\n", "{}{e}", "\n"),
-    "gemma": ("<start_of_turn>", "<end_of_turn>", "", "<start_of_turn>user\n{s}{}<end_of_turn>\n", "{}\n\n",
-              "<start_of_turn>model\n", "{}{e}\n", ""),
-    "chatml": ("<|im_start|>", "<|im_end|>", "", "{s}<|im_start|>user\n{}<|im_end|>\n",
-               "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>assistant\n", "{}{e}", "\n"),
-    "vicuna": ("", None, _LLAVA_SYSTEM, "{s}USER: {} ", "{} ", "ASSISTANT:", " {}{e}", ""),
+    "llama-3": ("<|start_header_id|>", "<|eot_id|>", dict(
+        system_turn=["<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"], inside=False,
+        user_turn=["<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"], default=_LLAVA_SYSTEM,
+        prompt="<|start_header_id|>assistant<|end_header_id|>\n\n", lead="", tail="", after="")),
+    "phi-3": ("<|assistant|>", "<|end|>", dict(
+        system_turn=["<|system|>\n", "<|end|>\n"], inside=False, user_turn=["<|user|>\n", "<|end|>\n"],
+        default="You are a helpful AI assistant.", prompt="<|assistant|>\n", lead="", tail="", after="\n")),
+    "gemma": ("<start_of_turn>", "<end_of_turn>", dict(
+        system_turn=["", "\n\n"], inside=True, user_turn=["<start_of_turn>user\n", "<end_of_turn>\n"], default="",
+        prompt="<start_of_turn>model\n", lead="", tail="\n", after="")),
+    "chatml": ("<|im_start|>", "<|im_end|>", dict(
+        system_turn=["<|im_start|>system\n", "<|im_end|>\n"], inside=False, default="",
+        user_turn=["<|im_start|>user\n", "<|im_end|>\n"], prompt="<|im_start|>assistant\n", lead="", tail="",
+        after="\n")),
+    "vicuna": (None, None, dict(
+        system_turn=["", " "], inside=False, user_turn=["USER: ", " "], default=_LLAVA_SYSTEM, prompt="ASSISTANT:",
+        lead=" ", tail="", after="")),
 }
 # content: a string, or a list of {"type": "image"} and {"type": "text", "text": ...}; BOS is left to the tokenizer
 _TEMPLATE = """{%- macro text(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}
 {{ "<image>\n" if part.type == "image" else part.text }}{%- endfor -%}{%- endif -%}{%- endmacro -%}
 {%- set given = messages[0].role == "system" -%}
-{%- set system = text(messages[0].content) | trim if given else DEFAULT -%}
+{%- set system = text(messages[0].content) | trim if given else default -%}
 {%- for message in messages -%}{%- if message.role == "user" -%}
-{%- set s = SYSTEM if system and loop.index0 == given | int else "" -%}{{ USER }}
-{%- elif message.role == "assistant" -%}{{ ASSISTANT }}{%- generation -%}{{ ANSWER }}{%- endgeneration -%}{{ AFTER }}
-{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ ASSISTANT }}{%- endif -%}"""
+{%- set s = system_turn[0] ~ system ~ system_turn[1] if system and loop.index0 == given | int else "" -%}
+{{ user_turn[0] ~ s if inside else s ~ user_turn[0] }}{{ text(message.content) | trim }}{{ user_turn[1] }}
+{%- elif message.role == "assistant" -%}
+{{ prompt }}{%- generation -%}{{ lead ~ text(message.content) | trim ~ end ~ tail }}{%- endgeneration -%}{{ after }}
+{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ prompt }}{%- endif -%}"""
 
 
-def chat_template(name, end):
-    """The Jinja chat template of CHATS[name], `end` its end-of-turn token; {% generation %} marks what is trained."""
-    def quoted(frame, slot=None):  # "a{}b" -> "a" + slot + "b"
-        return re.sub(r"\{(\w?)\}", lambda m: f'" + {dict(s="s", e=json.dumps(end)).get(m[1], slot)} + "',
-                      json.dumps(frame))
-
-    _, _, default, user, system, assistant, answer, after = CHATS[name]
-    message = "text(message.content) | trim"
-    parts = dict(DEFAULT=quoted(default), SYSTEM=quoted(system, "system"), USER=quoted(user, f"({message})"),
-                 ASSISTANT=quoted(assistant), ANSWER=quoted(answer, f"({message})"), AFTER=quoted(after))
-    return re.sub(r"\b[A-Z]+\b", lambda m: parts.get(m[0], m[0]), _TEMPLATE)
+def marks_answers(tokenizer):
+    """Does the tokenizer's own chat template mark answers and what ends them by {% generation %}?"""
+    if not re.search(r"\{%-?\s*generation", tokenizer.chat_template or ""):
+        return False
+    chat = tokenizer.apply_chat_template([dict(role="user", content="Q"), dict(role="assistant", content="A")],
+                                         return_dict=True, return_assistant_tokens_mask=True)
+    return tokenizer.eos_token_id in [i for i, mask in zip(chat["input_ids"], chat["assistant_masks"]) if mask]
 
 
 def prepare_tokenizer(tokenizer):
@@ -297,11 +301,12 @@ def prepare_tokenizer(tokenizer):
     reaches the embedding layer in training: visual tokens take its place. -> its id
     """
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    if not re.search(r"\{%-?\s*generation", tokenizer.chat_template or ""):
-        vocabulary = tokenizer.get_vocab()
-        name = next(name for name, (marker, *_) in CHATS.items() if not marker or marker in vocabulary)
-        tokenizer.eos_token = CHATS[name][1] or tokenizer.eos_token
-        tokenizer.chat_template = chat_template(name, tokenizer.eos_token)
+    if not marks_answers(tokenizer):
+        vocabulary = tokenizer.get_vocab().keys() | {None}
+        end, texts = next((end, texts) for marker, end, texts in CHATS.values() if {marker, end} <= vocabulary)
+        tokenizer.eos_token = end or tokenizer.eos_token
+        texts = texts | dict(end=tokenizer.eos_token)
+        tokenizer.chat_template = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}" for k, v in texts.items()) + _TEMPLATE
     if tokenizer.pad_token is None:  # any token will do: masks are made from lengths
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -332,7 +337,7 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
     if chat:
         messages = chat_messages(sample)
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        start = tokenizer("")["input_ids"]  # BOS, for the tokenizers that want one
+        start = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]  # for those that want one
         ids, mask = start + encoded["input_ids"], [0] * len(start) + encoded["assistant_masks"]
         answers, found = sum(m["role"] == "assistant" for m in messages), sum(np.diff([0, *mask]) > 0)
         if found != answers:
@@ -344,7 +349,7 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
         mask = [0] * (at + 1) + [1] * (len(ids) - at - 1)
     if image in ids:
         at = ids.index(image)
-        if not chat and at + image_tokens >= max_length:
+        if image_tokens + (0 if chat else at) >= max_length:
             raise UserError(f"max_length {max_length} leaves no room for text beside {image_tokens} image tokens")
         ids = ids[:at] + [image] * image_tokens + ids[at + 1:]
         mask = mask[:at] + [0] * image_tokens + mask[at + 1:]

@@ -80,13 +80,14 @@ def load_run(model, data, image_folder, samples):
     """-> SEAModel on its device, LlavaDataset of the first `samples` samples, config of the run."""
     config = run_config(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = data or config.get("val_data")
-    image_folder = image_folder or config.get("val_image_folder") or config.get("image_folder")
+    if config.get("stage") == "pretrain":  # stage 2's data are no captions
+        data = data or config["val_data"]
+        image_folder = image_folder or config["val_image_folder"] or config["image_folder"]
     if not data or not image_folder:
-        raise UserError(f"{model}: its run named no val_data; give --data and --image_folder")
-    model = SEAModel.from_run(model).to(device)
-    dataset = LlavaDataset(load_samples(data)[:samples], image_folder, model.geometry, model.tokenizer,
-                           model.image_tokens)
+        raise UserError(f"{model}: its run named no captions to look at; give --data and --image_folder")
+    model, rows = SEAModel.from_run(model).to(device), load_samples(data)
+    rows = [rows[i] for i in range(min(samples, len(rows)))]
+    dataset = LlavaDataset(rows, image_folder, model.geometry, model.tokenizer, model.image_tokens)
     return model, dataset, config
 
 
@@ -101,7 +102,9 @@ def visual_tokens(model, dataset, desc="encoding images"):
 @torch.no_grad()
 def word_matrix(model, words, config):
     """-> the list's words and Ψ(w) of each: [q, D]."""
-    words = read_words(words or Path(config.get("labels", "")) / "words.txt")
+    if not words and not config.get("labels"):
+        raise UserError("this model's run had no labels: give --words, a file with a word on each line")
+    words = read_words(words or Path(config["labels"]) / "words.txt")
     model.set_words(words)
     return words, torch.cat([model.word_vectors(ids) for ids in torch.arange(len(words)).split(8192)])
 

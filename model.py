@@ -1,7 +1,7 @@
 """The multimodal LLM: a transformers vision tower, the adapter, a transformers causal LM (Eq. 1-3, 12).
 
 `SEAModel.forward` takes a batch of data.py and returns the losses. A new model trains the adapter and log_scale
-(1/τ = exp); `tune_llm` and `tune_vision` thaw the rest. `save_llava` writes a Hugging Face Llava folder.
+(1/τ = exp); stage 2 thaws the LLM, `tune_vision` the tower. `save_llava` writes a Hugging Face Llava folder.
 """
 
 import contextlib
@@ -56,9 +56,9 @@ def _from_pretrained(cls, name, **kwargs):
         if cls in (AutoConfig, AutoTokenizer):
             return cls.from_pretrained(name, **kwargs)
         model, info = cls.from_pretrained(name, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"{name}: cannot be loaded as {cls.__name__} ({str(e).strip().splitlines()[0]}); give a "
-                        "folder that exists or a hub name") from e
+                        "folder with all its files or the name of a hub model that you have access to") from e
     if info["missing_keys"]:
         raise UserError(f"{name}: no weights for {sorted(info['missing_keys'])[:3]} ... of {cls.__name__}")
     return model
@@ -104,14 +104,19 @@ def load_llm(name, dtype=torch.float32, meta=False):
     return llm, tokenizer
 
 
+def newest_checkpoints(out_dir):
+    """The checkpoints of a run, newest first."""
+    return sorted(Path(out_dir).glob("checkpoints/step_*[0-9]"), key=lambda p: -int(p.name.split("_")[1]))
+
+
 def find_model(path):
     """The folder with adapter.safetensors or a Llava model: path itself, its model/ or its newest checkpoint. An
-    owner/name that is no folder is taken for a hub name."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and not Path(path).exists():
+    owner/name whose owner is no folder (nor out/, which is ours) is taken for a hub name."""
+    owner = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(path))
+    if owner and owner[1] != "out" and not Path(owner[1]).exists():
         return str(path)
     path = Path(path)
-    newest = sorted(path.glob("checkpoints/step_*[0-9]"), key=lambda p: int(p.name.split("_")[1]))[-1:]
-    for folder in (path, path / "model", *newest):
+    for folder in (path, path / "model", *newest_checkpoints(path)[:1]):
         if (folder / "adapter.safetensors").is_file() or (folder / "processor_config.json").is_file():
             return folder
     raise UserError(f"{path}: no adapter.safetensors and no Llava model here, in model/ or in checkpoints/step_N/; "
@@ -126,6 +131,8 @@ def part_names(folder):
             names = f.metadata()
     except SafetensorError as e:
         raise UserError(f"{path}: truncated or corrupt ({e}); use an earlier checkpoint") from e
+    if not {"vision", "llm"} <= (names or {}).keys():
+        raise UserError(f"{path}: does not say which vision tower and LLM it belongs to; was it written by train.py?")
     return {k: str(folder / k) if (folder / k).is_dir() else names[k] for k in ("vision", "llm")}
 
 
@@ -176,9 +183,13 @@ class SEAModel(nn.Module):
         """The model of a Hugging Face Llava folder or hub name, such as save_llava writes."""
         llava = _from_pretrained(LlavaForConditionalGeneration, path, dtype=dtype)
         config = llava.config
-        if not tower_kind(config.vision_config):
-            raise UserError(f"{path}: a Llava model with a {config.vision_config.model_type} tower; known: "
-                            f"{', '.join(TOWERS)}")
+        kind = tower_kind(config.vision_config) or (None, None, None)
+        ours = (config.vision_config.model_type, "default" if kind[1] else "full", "gelu", True, int)
+        given = (kind[0] and ours[0], config.vision_feature_select_strategy, config.projector_hidden_act,
+                 config.multimodal_projector_bias, type(config.vision_feature_layer))
+        if given != ours:
+            raise UserError(f"{path}: this Llava model has (tower, feature strategy, projector's activation, its bias, "
+                            f"type of feature layer) = {given}; only {ours} can be read, with the towers {[*TOWERS]}")
         with torch.device("meta"):  # an empty frame, for Llava keeps the LLM without it
             llm = AutoModelForCausalLM.from_config(copy.deepcopy(config.text_config), dtype=dtype)
         llm.model, llm.lm_head = llava.model.language_model, llava.lm_head
@@ -195,10 +206,6 @@ class SEAModel(nn.Module):
         """Ψ: the LLM's input embedding layer. Called, not indexed: some models scale inside it."""
         return self.llm.get_input_embeddings()
 
-    def tune_llm(self):
-        """Train the LLM too, as stage 2 does, its embeddings and head included."""
-        self.llm.requires_grad_(True)
-
     def tune_vision(self):
         """Train the vision tower too, but for what its features do not depend on: the last block and what follows."""
         self.vision.requires_grad_(True)
@@ -210,8 +217,7 @@ class SEAModel(nn.Module):
 
     def blocks(self):
         """The transformer blocks of vision tower and LLM: the units of sharding and compiling."""
-        lists = ([m for m in part.modules() if isinstance(m, nn.ModuleList)] for part in (self.vision, self.llm))
-        return [list(max(found, key=len)) for found in lists]
+        return [[*next(m for m in part.modules() if isinstance(m, nn.ModuleList))] for part in (self.vision, self.llm)]
 
     # ---------------------------------------------------------------------------------------- saving, loading
 
@@ -252,11 +258,11 @@ class SEAModel(nn.Module):
         own = own if isinstance(own, list) else [own]
         return list(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *own) if i is not None))
 
-    def save_parts(self, folder, state):
+    def save_parts(self, folder, state, dtype):
         """Write the LLM and the vision tower as folders of their own and the adapter beside them; from_run loads it."""
         for name, part, beside in (("llm", self.llm, self.tokenizer),
                                    ("vision", self.vision, image_processor(**self.geometry))):
-            weights = {k.removeprefix(f"{name}."): w for k, w in state.items() if k.startswith(f"{name}.")}
+            weights = {k.removeprefix(f"{name}."): w.to(dtype) for k, w in state.items() if k.startswith(f"{name}.")}
             part.save_pretrained(folder / name, state_dict=weights)
             beside.save_pretrained(folder / name)
         self.save_adapter(folder, {k: w for k, w in state.items() if not k.startswith(("llm.", "vision."))})
@@ -291,9 +297,10 @@ class SEAModel(nn.Module):
             image_seq_length=self.image_tokens, vision_feature_layer=self.feature_layer,
             vision_feature_select_strategy=strategy, tie_word_embeddings=text.tie_word_embeddings,
             architectures=["LlavaForConditionalGeneration"]).save_pretrained(folder)
+        empty = list(range(words, text.vocab_size)) or self.llm.generation_config.suppress_tokens
         GenerationConfig(bos_token_id=self.tokenizer.bos_token_id, eos_token_id=self.end_tokens(),
                          pad_token_id=self.tokenizer.pad_token_id,  # rows without a word must never be said
-                         suppress_tokens=list(range(words, text.vocab_size)) or None).save_pretrained(folder)
+                         suppress_tokens=empty).save_pretrained(folder)
         LlavaProcessor(image_processor(**self.geometry), self.tokenizer, patch_size=vision.patch_size,
                        vision_feature_select_strategy=strategy, num_additional_image_tokens=int(class_token),
                        chat_template=self.tokenizer.chat_template).save_pretrained(folder)

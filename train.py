@@ -15,6 +15,7 @@ folder after stage 2 or with --export.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import inspect
 import itertools
@@ -44,7 +45,7 @@ from data import IGNORE, LlavaDataset, UserError, add_flags, cli, collate, load_
 from eval import alignment_sums
 from labels import LabelStore
 from loss import total_loss
-from model import SEAModel
+from model import SEAModel, newest_checkpoints
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp, when plain python saves or loads
 
@@ -143,7 +144,7 @@ def parse_config(argv=None):
     for name in ("batch_size", "grad_accum", "window", "log_every", "val_every", "max_length", "epochs", "tau", "lr"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name} must be positive, not {getattr(cfg, name)}")
-    for name in ("sea_weight", "clip_grad", "keep", "vision_lr"):
+    for name in ("sea_weight", "clip_grad", "keep", "vision_lr", "max_steps", "save_every", "warmup_ratio", "workers"):
         if getattr(cfg, name) < 0:
             raise UserError(f"--{name} must not be negative, not {getattr(cfg, name)}")
     for name, needs, why in (
@@ -181,7 +182,8 @@ def setup_distributed():
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=datetime.timedelta(hours=1))  # rank 0 may take long to write the model
     if rank() != 0:
         disable_progress_bar()  # of transformers, which shows one for each file that it loads
     return device
@@ -207,11 +209,12 @@ def on_rank_0_first(f):
     barrier()
 
 
-def wrap(cfg, model, device, dtype):
+def wrap(cfg, model, dtype):
     """Compile, then shard or copy over the ranks -> what to call forward on. Plain python: the model itself.
 
-    FSDP2 block by block; the rest (embeddings and head, which may be tied, adapter, τ) is one group of its own, in the
-    dtype of its weights, and autocast does the rest. Towers are not wrapped whole: they would lose hidden_states.
+    FSDP2 block by block; the rest (embeddings and head, which may be tied, adapter, τ) is one group of its own. It
+    casts weights to `dtype` by itself, so that autocast is off: torch 2.11 would recompute a block in another dtype.
+    Towers are not wrapped whole: they would lose hidden_states.
     """
     if cfg.compile:
         for block in model.blocks()[1]:
@@ -220,18 +223,15 @@ def wrap(cfg, model, device, dtype):
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in itertools.chain(*model.blocks()):
             fully_shard(block, mp_policy=policy)
-        return fully_shard(model)
-    if dist.is_initialized():
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True)
-    return model
+        return fully_shard(model, mp_policy=dataclasses.replace(policy, cast_forward_inputs=False))
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
 
 # ----------------------------------------------------------------------------------------------------- build
 
 
 def prepare_out_dir(cfg):
-    """-> out_dir, created; a folder that holds another run is never written over."""
+    """-> out_dir; a folder that holds another run is never written over."""
     if cfg.out_dir:
         out = Path(cfg.out_dir)
         if (out / "metrics.jsonl").exists() and not cfg.resume:
@@ -257,7 +257,7 @@ def build_model(cfg, device):
     else:
         model = SEAModel.from_run(cfg.init)
         model.log_scale.requires_grad_(False)
-        model.tune_llm()
+        model.llm.requires_grad_(True)  # its embeddings and head included
         model.tune_vision() if cfg.tune_vision else model.vision.to(dtype)
     if cfg.image_mode:
         model.geometry["mode"] = cfg.image_mode
@@ -303,11 +303,6 @@ def build_optimizer(cfg, model, steps):
 # ----------------------------------------------------------------------------------------------- checkpoints
 
 
-def newest_checkpoints(out_dir):
-    """The checkpoints of a run, newest first."""
-    return sorted(out_dir.glob("checkpoints/step_*[0-9]"), key=lambda p: -int(p.name.split("_")[1]))
-
-
 def training_state(model, optimizer):
     return dict(model={name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
                 optimizer=get_optimizer_state_dict(model, optimizer))
@@ -337,7 +332,7 @@ def load_checkpoint(out_dir, cfg, model, optimizer, schedule):
     folder = next(iter(newest_checkpoints(out_dir)), None)
     if not folder:
         raise UserError(f"{out_dir}: no checkpoint to resume from")
-    saved = json.loads((folder / "state.json").read_text())
+    saved = json.loads((folder / "state.json").read_text())  # written last: a checkpoint has it or is none
     free = {"resume", "out_dir", "workers", "log_every", "val_every", "save_every", "val_samples", "keep", "fsdp",
             "compile", "grad_checkpoint", "grad_accum", "export"}
     old, new = (config | {"grad_accum x ranks": config["grad_accum"] * world}
@@ -433,7 +428,7 @@ def validate(cfg, forward, val_set, device, autocast):
     if isinstance(forward, FSDPModule):
         forward.reshard()  # no backward does it here, and what is saved next must be the shards
     tacs, samples, loss, tokens = all_sum(sums, device)
-    return dict(val_loss=loss / tokens) | (dict(val_tacs=tacs / samples) if cfg.stage == "pretrain" else {})
+    return dict(val_loss=loss / max(tokens, 1)) | (dict(val_tacs=tacs / samples) if cfg.stage == "pretrain" else {})
 
 
 def open_log(out_dir, cfg, first_step):
@@ -456,7 +451,7 @@ def save_result(cfg, model, out_dir, dtype):
             model.save_adapter(folder, adapter)
         if whole and (reason := model.no_llava()):
             print(f"{folder}: transformers' Llava cannot hold this LLM ({reason}); its parts are written instead")
-            model.save_parts(folder, state)
+            model.save_parts(folder, state, dtype)
         elif whole:
             model.save_llava(folder, state, dtype)
         print(f"wrote {folder}")
@@ -477,12 +472,13 @@ def main(argv=None):
 
     model, dtype = build_model(cfg, device)
     train_set, val_set = build_data(cfg, model)
-    forward = wrap(cfg, model, device, dtype)
+    forward = wrap(cfg, model, dtype)
     global_batch = cfg.batch_size * cfg.grad_accum * world_size()
     steps = cfg.max_steps or math.ceil(cfg.epochs * len(train_set) / global_batch)
     optimizer, schedule = build_optimizer(cfg, model, steps)
     first_step = load_checkpoint(out_dir, cfg, model, optimizer, schedule) if cfg.resume else 0
-    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16,
+                                 enabled=dtype == torch.bfloat16 and not cfg.fsdp)
 
     main_rank = rank() == 0
     if main_rank:

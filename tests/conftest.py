@@ -117,7 +117,7 @@ def finetune_flags(world, flags, tmp_path_factory):
     return ["--stage", "finetune", "--init", str(one), "--data", f"{world}/chats.jsonl", "--image_folder",
             f"{world}/images", "--val_data", f"{world}/chats.jsonl", "--val_samples", "5", "--batch_size", "2",
             "--max_steps", "6", "--val_every", "3", "--save_every", "0", "--keep", "0", "--workers", "0", "--lr",
-            "1e-3", "--tune_vision", "--vision_lr", "1e-3", "--clip_grad", "1"]
+            "1e-3", "--tune_vision", "--vision_lr", "1e-3"]
 
 
 @pytest.fixture

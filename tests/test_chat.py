@@ -149,7 +149,9 @@ def test_truncation_never_cuts_an_image(tokenizers, name):
     sample = conversation("Q1", "A1", "<image>\nQ2", "A2")
     whole, labels = encode_conversation(sample, tokenizer, 9, chat=True)
     at = whole.tolist().index(image)
-    for length in range(1, len(whole) + 2):
+    with pytest.raises(UserError, match="max_length 9 leaves no room for text beside 9 image tokens"):
+        encode_conversation(sample, tokenizer, 9, 9, chat=True)
+    for length in range(10, len(whole) + 2):
         ids, cut = encode_conversation(sample, tokenizer, 9, length, chat=True)
         n = at if at < length < at + 9 else min(length, len(whole))
         assert ids.tolist() == whole[:n].tolist() and cut.tolist() == labels[:n].tolist()
@@ -163,19 +165,34 @@ def test_an_image_that_no_turn_names_comes_first_and_an_early_answer_is_dropped(
     assert chat_messages(conversation("Q1 <image> more", "A1"))[0]["content"] == "<image>\nQ1  more"
 
 
+def test_a_marker_without_its_end_token_is_no_format(tokenizers):
+    """GLM's vocabulary has <|assistant|> but no <|end|>: what follows from the first alone would never stop."""
+    tokenizer = copy.deepcopy(tokenizers["chatml"])
+    tokenizer.chat_template = None
+    vocabulary = {t: i for t, i in tokenizer.get_vocab().items() if not t.startswith("<|im_")} | {"<|assistant|>": 7}
+    tokenizer.get_vocab = lambda: vocabulary
+    tokenizer.eos_token = "</s>"
+    prepare_tokenizer(tokenizer)
+    assert tokenizer.eos_token == "</s>" and "ASSISTANT:" in tokenizer.chat_template
+
+
 def test_a_template_that_marks_answers_is_kept(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
-    own = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    own = ("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"
+           "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}")
     tokenizer.chat_template = own
     prepare_tokenizer(tokenizer)
     assert tokenizer.chat_template == own
+    tokenizer.chat_template = own.replace(" + eos_token", "")  # what is trained by this would never end
+    prepare_tokenizer(tokenizer)
+    assert tokenizer.chat_template == tokenizers["chatml"].chat_template
     tokenizer.chat_template = ("{% for m in messages %}{% if loop.index == 2 %}{% generation %}{{ m.content }}"
                                "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}")
     with pytest.raises(UserError, match="marks 1 of 2 answers"):
         encode_conversation(conversation("Q1", "A1", "Q2", "A2"), tokenizer, 4, chat=True)
 
 
-@pytest.mark.parametrize("image", ["", "None", "nan", None, float("nan")])
+@pytest.mark.parametrize("image", ["", "None", "none", "nan", None, float("nan")])
 def test_what_counts_as_no_image(tmp_path, image):
     sample = conversation("Q1", "A1") | {"image": image}
     (tmp_path / "a.jsonl").write_text(json.dumps(sample) + "\n")

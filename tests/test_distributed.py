@@ -95,6 +95,13 @@ def test_two_ranks_train_as_one(two_ranks, flags, finetune_flags, tmp_path, monk
         assert torch.allclose(w, theirs[key], atol=1e-4), key
 
 
+@pytest.mark.parametrize("name, other", [("bf16", "finetune"), ("bf16_fsdp", "finetune"),
+                                         ("pretrain_bf16_fsdp", "local")])
+def test_bfloat16_follows_fp32(two_ranks, name, other):
+    a, b = ([m["loss_g"] for m in metrics(two_ranks / run)] for run in (name, other))
+    assert a == pytest.approx(b, rel=0.03) and a[0] != b[0]
+
+
 def test_a_micro_batch_without_images_stands_beside_one_with(finetune_flags):
     cfg = train.parse_config([*finetune_flags, "--grad_accum", "2"])
     model = train.build_model(cfg, torch.device("cpu"))[0]

@@ -82,3 +82,18 @@ def test_errors_name_what_is_missing(run, tmp_path):
         evaluation.main(["gap", "--model", str(run), "--words", str(tmp_path / "none.txt")])
     with pytest.raises(SystemExit):
         evaluation.main(["tacs", "--model", str(run), "--sample", "4"])
+
+
+def test_on_a_run_of_stage_2(finetune_flags, world, tmp_path):
+    """It has neither captions nor words of its own: both are asked for; then .jsonl will do."""
+    train.main([*finetune_flags, "--out_dir", str(tmp_path), "--max_steps", "1"])
+    run = ["--model", str(tmp_path)]
+    with pytest.raises(UserError, match="named no captions to look at; give --data and --image_folder"):
+        evaluation.main(["tacs", *run])
+    lines = [json.dumps(s) for s in json.loads((world / "train.json").read_text())]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    run += ["--data", str(tmp_path / "captions.jsonl"), "--image_folder", str(world / "images"), "--samples", "3"]
+    assert evaluation.main(["tacs", *run])["pairs"] == 3
+    with pytest.raises(UserError, match="give --words"):
+        evaluation.main(["gap", *run])
+    assert evaluation.main(["gap", *run, "--words", str(world / "words.txt")])["D"] > 0

@@ -189,8 +189,23 @@ def test_an_exported_folder_is_read_back_and_trained_further(parts, trained, tmp
     train.main(finetune_flags(parts, tmp_path / "one/model", tmp_path / "two"))
     train.main(finetune_flags(parts, tmp_path / "two", tmp_path / "three"))
     assert_same(trained[2][0], tmp_path / "three/model", parts)
+    empty = list(range(512, 576)) if len(again.tokenizer) > 512 else None
+    for out in ("one", "two", "three"):  # rows without a word stay unsaid
+        generation = json.loads((tmp_path / out / "model/generation_config.json").read_text())
+        assert generation.get("suppress_tokens") == empty
     data = ["--data", f"{parts}/train.json", "--image_folder", f"{parts}/images", "--samples", "2"]
     assert -1 <= evaluation.main(["tacs", "--model", f"{tmp_path}/three", *data])["tacs"] <= 1
+
+
+@pytest.mark.parametrize("field, value", [("vision_feature_select_strategy", "full"), ("projector_hidden_act", "relu"),
+                                          ("vision_feature_layer", [-2, -1]), ("multimodal_projector_bias", False)])
+def test_a_llava_model_that_works_otherwise_is_refused(parts, tmp_path, field, value):
+    train.main(["--export", *pretrain_flags(parts, "gemma", "clip", tmp_path), "--max_steps", "1"])
+    (tmp_path / "model/adapter.safetensors").unlink()
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(UserError, match=f"{tmp_path}/model: "):
+        SEAModel.from_run(tmp_path)
 
 
 def test_an_llm_that_llava_cannot_hold_is_written_in_parts(parts, trained, tmp_path, capsys):

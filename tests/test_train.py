@@ -131,6 +131,7 @@ def test_bad_flags_and_bad_paths_are_refused_in_one_line(flags, tmp_path, extra,
     (["--stage", "finetune", "--llm", "gemma-2b"], "--llm belongs to --stage pretrain"),
     (["--stage", "finetune", "--vision", "x"], "--vision belongs to --stage pretrain"),
     (["--keep", "-1"], "--keep must not be negative"),
+    (["--save_every", "-1"], "--save_every must not be negative"),
 ])
 def test_flags_of_the_other_stage_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
@@ -183,6 +184,21 @@ def test_a_run_is_never_written_over_and_resuming_checks_the_settings(flags, tmp
     shard.write_bytes(shard.read_bytes()[:-200])
     with pytest.raises(UserError, match="step_6: truncated or corrupt"):
         train.main([*flags, *out, "--resume"])
+
+
+def test_gradients_are_clipped_to_the_given_norm(finetune_flags, tmp_path, monkeypatch):
+    norms, build = [], train.build_optimizer
+
+    def watching(cfg, model, steps):
+        optimizer, schedule = build(cfg, model, steps)
+        grads = [p for p in model.parameters() if p.requires_grad]
+        optimizer.register_step_pre_hook(lambda *_: norms.append(sum((p.grad**2).sum() for p in grads) ** 0.5))
+        return optimizer, schedule
+
+    monkeypatch.setattr(train, "build_optimizer", watching)
+    for name, norm in (("free", "0"), ("clipped", "0.01")):
+        train.main([*finetune_flags, "--out_dir", str(tmp_path / name), "--max_steps", "2", "--clip_grad", norm])
+    assert min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01] * 2, rel=1e-3)
 
 
 def test_only_the_newest_checkpoints_are_kept(finetune_flags, tmp_path):
