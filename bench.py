@@ -16,7 +16,6 @@ import torch
 
 from data import UserError, load_samples
 from model import SEAModel, find_model, part_names
-from train import parse_config, world_size
 
 # Samples of the files that the recipes name, for a plan before the download; those of Cambrian-1 are approximate.
 SAMPLES = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298,
@@ -25,9 +24,9 @@ TEXT = {"pretrain": (64, 1.0), "finetune": (512, 0.5)}  # text positions of a ty
 LABELS = 10  # per patch, the default of labels.py extract
 
 
-def find_parts(cfg):
+def find_parts(cfg, stage_1):
     """-> names of vision tower and LLM, and where they are from. Stage 2 has those of --vision and --llm, else of the
-    run in --init, or, while that folder does not exist, of stage 1 of the same recipe and preset."""
+    run in --init, or, while that folder does not exist, of stage_1, the config of its first stage."""
     if cfg.stage == "pretrain" or cfg.vision and cfg.llm:
         return cfg.vision, cfg.llm, "as given"
     if Path(cfg.init).is_dir():
@@ -36,7 +35,7 @@ def find_parts(cfg):
             raise UserError(f"{folder}: a Llava model, whose parts --dry_run does not read; add --vision and --llm")
         names, origin = part_names(folder), f"of {folder}"
     else:
-        names = vars(parse_config(["--stage", "pretrain", "--recipe", cfg.recipe, "--preset", cfg.preset]))
+        names = vars(stage_1)
         origin = f"{cfg.init} is no folder, so stage 1's defaults; --vision and --llm plan for others"
     return cfg.vision or names["vision"], cfg.llm or names["llm"], origin
 
@@ -102,11 +101,11 @@ def table(*rows):
         print(f"{name:32}" + "".join(f"{cell:>17}" for cell in cells))
 
 
-def plan(cfg):
-    """Print what a run of this config needs -> the same figures; memory and disk in bytes."""
-    world, pretrain = cfg.world_size or world_size(), cfg.stage == "pretrain"
+def plan(cfg, world, stage_1):
+    """Print what a run of this config on `world` ranks needs -> the same figures; memory and disk in bytes."""
+    pretrain = cfg.stage == "pretrain"
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
-    vision, llm, origin = find_parts(cfg)
+    vision, llm, origin = find_parts(cfg, stage_1)
     model = SEAModel.from_parts(vision, llm, dtype if pretrain else torch.float32, cfg.tau, meta=True)
     loading = min(world, 8) * sum(p.nbytes for p in model.parameters())  # each rank of a node holds all of it
     model.log_scale.requires_grad_(cfg.sea_weight > 0)  # from here on as train.build_model

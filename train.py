@@ -41,6 +41,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
+from bench import plan
 from data import IGNORE, LlavaDataset, UserError, add_flags, cli, collate, load_samples, micro_batches, sample_length
 from eval import alignment_sums
 from labels import LabelStore
@@ -460,8 +461,8 @@ def save_result(cfg, model, out_dir, dtype):
 def main(argv=None):
     cfg = parse_config(argv)
     if cfg.dry_run:
-        from bench import plan
-        return plan(cfg)
+        stage_1 = parse_config(["--stage", "pretrain", "--recipe", cfg.recipe, "--preset", cfg.preset])
+        return plan(cfg, cfg.world_size or world_size(), stage_1)
     device = setup_distributed()
     if cfg.preset == "toy":
         import toy
