@@ -179,7 +179,7 @@ def test_both_stages_and_a_folder_that_transformers_loads(parts, llm, tower, tra
 
 @pytest.mark.parametrize("llm, unsaid", [("gemma", None), ("vicuna", list(range(32000, 32064)))])
 def test_an_exported_folder_is_read_back_and_trained_further(parts, trained, tmp_path, llm, unsaid):
-    """Gemma, whose √D goes into the exported projector and comes out of it again; Vicuna, whose new rows stay unsaid."""
+    """Gemma, whose √D goes into the exported projector and out of it again; Vicuna, whose new rows stay unsaid."""
     train.main(["--export", *pretrain_flags(parts, llm, "clip", tmp_path / "one")])
     again, first = SEAModel.from_run(tmp_path / "one/model"), trained[0][0]
     (tmp_path / "one/model/adapter.safetensors").unlink()  # nothing but the Llava folder
