@@ -249,28 +249,27 @@ def vision_geometry(vision):
 _LLAVA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
                  "detailed, and polite answers to the user's questions.")
 # format -> the token whose presence in a vocabulary tells it; its end-of-turn token (None: the tokenizer's EOS); the
-# texts around: [before, after] a system and a user turn, whether the former stands inside the first of the latter, the
-# system text where a conversation brings none, what prompts an answer, and around the answer and its end-of-turn token,
-# lead and tail, which are trained with it, and what follows.
+# texts: [before, after] a system turn and a user turn, what prompts an answer, and where they are not as in _PLAIN ...
 CHATS = {
     "llama-3": ("<|start_header_id|>", "<|eot_id|>", dict(
-        system_turn=["<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"], inside=False,
-        user_turn=["<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"], default=_LLAVA_SYSTEM,
-        prompt="<|start_header_id|>assistant<|end_header_id|>\n\n", lead="", tail="", after="")),
+        system_turn=["<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"], default=_LLAVA_SYSTEM,
+        user_turn=["<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"],
+        prompt="<|start_header_id|>assistant<|end_header_id|>\n\n")),
     "phi-3": ("<|assistant|>", "<|end|>", dict(
-        system_turn=["<|system|>\n", "<|end|>\n"], inside=False, user_turn=["<|user|>\n", "<|end|>\n"],
-        default="You are a helpful AI assistant.", prompt="<|assistant|>\n", lead="", tail="", after="\n")),
+        system_turn=["<|system|>\n", "<|end|>\n"], default="You are a helpful AI assistant.",
+        user_turn=["<|user|>\n", "<|end|>\n"], prompt="<|assistant|>\n", after="\n")),
     "gemma": ("<start_of_turn>", "<end_of_turn>", dict(
-        system_turn=["", "\n\n"], inside=True, user_turn=["<start_of_turn>user\n", "<end_of_turn>\n"], default="",
-        prompt="<start_of_turn>model\n", lead="", tail="\n", after="")),
+        system_turn=["", "\n\n"], inside=True, user_turn=["<start_of_turn>user\n", "<end_of_turn>\n"],
+        prompt="<start_of_turn>model\n", tail="\n")),
     "chatml": ("<|im_start|>", "<|im_end|>", dict(
-        system_turn=["<|im_start|>system\n", "<|im_end|>\n"], inside=False, default="",
-        user_turn=["<|im_start|>user\n", "<|im_end|>\n"], prompt="<|im_start|>assistant\n", lead="", tail="",
-        after="\n")),
+        system_turn=["<|im_start|>system\n", "<|im_end|>\n"], user_turn=["<|im_start|>user\n", "<|im_end|>\n"],
+        prompt="<|im_start|>assistant\n", after="\n")),
     "vicuna": (None, None, dict(
-        system_turn=["", " "], inside=False, user_turn=["USER: ", " "], default=_LLAVA_SYSTEM, prompt="ASSISTANT:",
-        lead=" ", tail="", after="")),
+        system_turn=["", " "], default=_LLAVA_SYSTEM, user_turn=["USER: ", " "], prompt="ASSISTANT:", lead=" ")),
 }
+# ... the system text of a conversation that brings none, whether it stands inside the first user turn, what is before
+# and after the answer with its end-of-turn token and trained like them, and what follows untrained
+_PLAIN = dict(default="", inside=False, lead="", tail="", after="")
 # content: a string, or a list of {"type": "image"} and {"type": "text", "text": ...}; BOS is left to the tokenizer
 _TEMPLATE = """{%- macro text(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}
@@ -305,7 +304,7 @@ def prepare_tokenizer(tokenizer):
         vocabulary = tokenizer.get_vocab().keys() | {None}
         end, texts = next((end, texts) for marker, end, texts in CHATS.values() if {marker, end} <= vocabulary)
         tokenizer.eos_token = end or tokenizer.eos_token
-        texts = texts | dict(end=tokenizer.eos_token)
+        texts = _PLAIN | texts | dict(end=tokenizer.eos_token)
         tokenizer.chat_template = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}" for k, v in texts.items()) + _TEMPLATE
     if tokenizer.pad_token is None:  # any token will do: masks are made from lengths
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
