@@ -117,7 +117,7 @@ _FINETUNE = dict(llm="", vision="", init="out/pretrain", sea_weight=0.0, labels=
 RECIPES = {
     ("llava15", "pretrain"): {},
     ("llava15", "finetune"): dict(_FINETUNE, data="data/llava_v1_5_mix665k.json"),
-    # PAPER: SEA-PRIME "following LLaVA's hyperparameters", which are per sample those of Cambrian-1 (lr ~ √batch)
+    # PAPER: SEA-PRIME follows LLaVA's hyperparameters; 2e-5 at 128 is Cambrian-1's 4e-5 at 512, for lr ~ √batch
     ("prime", "pretrain"): dict(vision="siglip-384", data="data/alignment_2.5m.jsonl"),
     ("prime", "finetune"): dict(_FINETUNE, data="data/Cambrian7M_withsystemprompt.jsonl", tune_vision=True),
 }
