@@ -1,7 +1,8 @@
-"""What a run will cost, before it (train.py --dry_run): parameters, steps, memory, disk.
+"""What a run will cost, before it (train.py --dry_run): parameters, steps, memory, disk. What labels cost, measured.
 
     python train.py --stage pretrain --world_size 8 --dry_run             the paper's run, planned on any computer
     python train.py --stage finetune --world_size 8 --fsdp --dry_run
+    python bench.py words                                                 labels.nearest_words against its limits
 
 The model is built on the meta device: config, tokenizer and preprocessor files are read, weights are not, and nothing
 is written. Counts are exact. Memory is an estimate by the formulas below, for bf16 on GPUs unless --dtype float32.
@@ -10,11 +11,15 @@ is written. Counts are exact. Memory is an estimate by the formulas below, for b
 import dataclasses
 import json
 import math
+import statistics
+import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from data import UserError, load_samples
+from data import UserError, cli, load_samples, run_command
+from labels import nearest_words
 from model import SEAModel, find_model, part_names
 
 # Samples of the files that the recipes name, for a plan before the download; those of Cambrian-1 are approximate.
@@ -146,3 +151,49 @@ def plan(cfg, world, stage_1):
           *((name, n / 1e9) for name, n in disk.items()))
     print("\n" + json.dumps(dataclasses.asdict(cfg)))
     return dict(params=params, run=run, gpu=gpu, cpu=loading, disk=disk)
+
+
+def words(patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10, repeats: int = 5):
+    """Time nearest_words: against the bare products of the same shapes and, if faiss is installed, its exact search.
+    Medians (least to most) over repeats in turn, of random unit vectors."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    v, t = (F.normalize(torch.randn(rows, dim, device=device), dim=-1) for rows in (patches, words))
+    half = v.bfloat16(), t.bfloat16()
+
+    def product(v, t, rows=2048, block=8192):  # in blocks: whole, the scores might not fit into memory
+        out = v.new_empty(rows, block)
+        for part in t.split(block):
+            for some in v.split(rows):
+                torch.mm(some, part.T, out=out[:len(some)] if len(part) == block else None)
+
+    timed = {"nearest_words": lambda: nearest_words(v, t, n, 1), "product in float32": lambda: product(v, t),
+             "product in bfloat16": lambda: product(*half)}
+    try:
+        import faiss
+        index = faiss.IndexFlatIP(dim)
+        index.add(t.cpu().numpy())
+        timed["faiss.IndexFlatIP, CPU"] = lambda: index.search(v.cpu().numpy(), n)
+    except ImportError:
+        print("faiss is not installed (pip install faiss-cpu): left out")
+    seconds = {name: [] for name in timed}
+    for _ in range(repeats):
+        for name, run in timed.items():
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    print(f"{patches:,} patches, {words:,} words, {dim} numbers each, top {n}, {device}")
+    for name, values in seconds.items():
+        ratios = sorted(a / b for a, b in zip(seconds["nearest_words"], values))
+        print(f"{name:24}{statistics.median(values):9.3f} s   nearest_words takes {statistics.median(ratios):.2f} "
+              f"({ratios[0]:.2f} to {ratios[-1]:.2f}) of it")
+    return seconds
+
+
+def main(argv=None):
+    return run_command(__doc__, {"words": words}, argv)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -400,7 +400,7 @@ class LlavaDataset(Dataset):
             image, crc = read_image(path)
             item["pixels"] = geometry(image, **self.geometry)
         if self.labels is not None:
-            if self.labels.records["crc"][i] != crc:
+            if self.labels.record(i)["crc"] != crc:
                 raise UserError(f"{path}: the file has changed since it was labelled; run labels.py extract again "
                                 f"into another folder than {self.labels.folder}")
             item["label_ids"], item["label_scores"] = self.labels[i]

@@ -134,7 +134,7 @@ def eval_gap(model: str, words: str = "", data: str = "", image_folder: str = ""
 def eval_words(model: str, baseline: str = "", words: str = "", truth: str = "", data: str = "", image_folder: str = "",
                samples: int = 100, images: int = 2, out: str = "words.png"):
     """The nearest word of every visual token, as in Figure 1a: the most frequent ones, with a truth.json the share
-    that is true, and a picture of `images` images, the baseline's words left of the model's."""
+    that is true, and a picture of `images` images, then the baseline's words, then the model's."""
     results, columns = {}, []
     for name in filter(None, (baseline, model)):
         sea, dataset, config = load_run(name, data, image_folder, samples)
@@ -148,8 +148,9 @@ def eval_words(model: str, baseline: str = "", words: str = "", truth: str = "",
             results[name]["true"] = true_share(truth, nearest)
         print(name, json.dumps(results[name]))
         mean, std = (torch.tensor(sea.geometry[k])[:, None, None] for k in ("mean", "std"))
-        columns.append([(dataset[i]["pixels"] * std + mean, nearest[dataset.samples[i]["image"]])
-                        for i in range(min(images, len(dataset)))])
+        pixels = [dataset[i]["pixels"] * std + mean for i in range(min(images, len(dataset)))]
+        columns = columns or [[(image, []) for image in pixels]]
+        columns.append([(image, nearest[sample["image"]]) for image, sample in zip(pixels, dataset.samples)])
     draw_words([picture for row in zip(*columns) for picture in row], sea.grid, len(columns), out)
     return results
 

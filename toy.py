@@ -350,25 +350,32 @@ def build(folder: Path = Path("toy"), seed: int = 0, images: int = 3000, clip_st
 
 def ensure(folder: Path = Path("toy")) -> None:
     """Build what is missing of the toy, its labels included."""
-    from labels import LabelStore, extract
     if not folder.exists():
         print(f"building the toy world in {folder}/, once; some minutes on two cores")
         build(folder)
+    label(folder, folder / "labels", n=1)             # of so few words the second best is nearly always wrong
+
+
+def label(folder: Path, out: Path, **settings) -> None:
+    """Make a label store of the toy, if it is not there. Not OpenAI's CLIP: +cos, on the value path."""
+    from labels import LabelStore, extract
     try:
-        LabelStore(folder / "labels")
+        LabelStore(out)
     except UserError:
-        # n = 1: of so few words the second best is nearly always wrong. Not OpenAI's CLIP: +cos, on the value path
-        extract(f"{folder}/train.json", f"{folder}/images", f"{folder}/words.txt", f"{folder}/labels",
-                encoder=f"{folder}/clip", path="value", sign=1, n=1)
+        extract(f"{folder}/train.json", f"{folder}/images", f"{folder}/words.txt", str(out), encoder=f"{folder}/clip",
+                path="value", sign=1, workers=0, **settings)
 
 
 # ---------------------------------------------------------------- compare
 def compare(seeds: int = 3, out: Path = Path("out/compare")):
-    """Train baseline and SEA from the same seeds, two runs at a time, and print the table of eval.compare: finished
-    runs in `out` are used again."""
+    """Train baseline and SEA, this also with other labels, from the same seeds, two runs at a time, and print the table
+    of eval.compare: finished runs in `out` are used again."""
     import eval as evaluation
     ensure()
-    weights = {"baseline": "0", "SEA": "1"}
+    label(Path("toy"), out / "labels_n10", n=10)
+    label(Path("toy"), out / "labels_mass0.5", n=10, mass=.5)
+    flags = {"baseline": ["--sea_weight", "0"], "SEA": [], "SEA_n10": ["--labels", out / "labels_n10"],
+             "SEA_mass0.5": ["--labels", out / "labels_mass0.5"]}
 
     def train(run) -> Path:
         folder, (name, seed) = out / "_".join(map(str, run)), run
@@ -376,16 +383,16 @@ def compare(seeds: int = 3, out: Path = Path("out/compare")):
             shutil.rmtree(folder, ignore_errors=True)
             job = subprocess.run(
                 [sys.executable, Path(__file__).with_name("train.py"), "--preset", "toy", "--seed", str(seed),
-                 "--sea_weight", weights[name], "--out_dir", folder],
+                 "--out_dir", folder, *flags[name]],
                 env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
             if job.returncode:
                 raise UserError(f"{folder}: {job.stderr.strip().splitlines()[-1]}")
         return folder
 
     with ThreadPoolExecutor(2) as pool:
-        runs = [(name, seed) for seed in range(seeds) for name in weights]
+        runs = [(name, seed) for seed in range(seeds) for name in flags]
         folders = dict(zip(runs, tqdm(pool.map(train, runs), total=len(runs), desc="training runs")))
-    by_name = {name: [folders[name, seed] for seed in range(seeds)] for name in weights}
+    by_name = {name: [folders[name, seed] for seed in range(seeds)] for name in flags}
     evaluation.compare(by_name, "toy/truth.json", samples=250)
 
 

@@ -339,3 +339,10 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
         getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)({"use_reentrant": False})
         part.train()
     assert planned(True) == pytest.approx(kept() + everything / 8, rel=0.25)  # one of 8 blocks at a time
+
+
+def test_words_times_the_search_and_its_limits(capsys):
+    seconds = bench.main(["words", "--patches", "3", "--words", "9000", "--dim", "8", "--repeats", "2"])
+    assert {"nearest_words", "product in float32", "product in bfloat16"} <= seconds.keys()
+    assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
+    assert "nearest_words takes 1.00 (1.00 to 1.00) of it" in capsys.readouterr().out

@@ -101,13 +101,16 @@ def parts(tokenizer_folders, tmp_path_factory):
 def fake_labels(folder, samples, images, size, mode):
     """A store as labels.py extract leaves it, random labels on the encoder's true grid of 14-pixel patches."""
     rng, side = np.random.default_rng(1), size // 14
-    meta = dict(manifest=labels.digest(s["image"] for s in samples), size=size, mode=mode, grid=[side, side], n=2)
-    records = labels._open_store(folder, meta, WORDS, len(samples), side * side)
+    meta = dict(images=len(samples), shard=256, manifest=labels.digest(s["image"] for s in samples), size=size,
+                mode=mode, grid=[side, side], n=2, words=labels.digest(WORDS))
+    records = np.zeros(len(samples), labels.record_type(len(WORDS), side * side, 2))
     records["ids"] = rng.integers(0, len(WORDS), records["ids"].shape)
     records["scores"] = rng.random(records["scores"].shape)
     records["crc"] = [labels.read_image(images / s["image"])[1] for s in samples]
-    records["done"] = True
-    records.flush()
+    folder.mkdir()
+    np.save(folder / "labels-00000.npy", records)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "words.txt").write_text("\n".join(WORDS) + "\n")
 
 
 def pretrain_flags(parts, llm, tower, out):

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 
 import numpy as np
 import open_clip
@@ -91,7 +92,10 @@ def test_the_preset_labels_the_toy_and_trains_on_it(small, monkeypatch, tmp_path
     assert len(labels.LabelStore("toy/labels")) == 40
     assert "python toy.py compare" in capsys.readouterr().out
     labels.main(["show", "--labels", "toy/labels", "--truth", "toy/truth.json", "--out", str(tmp_path / "l.png")])
-    assert "of object patches" in capsys.readouterr().out
+    shares = re.findall(r"(\w+, sign [+-]1|labels): object (\S+), background (\S+), all (\S+)", capsys.readouterr().out)
+    assert [name for name, *_ in shares] == ["labels", *(f"{path}, sign {sign}" for path in ("value", "last", "vv")
+                                                         for sign in ("+1", "-1"))]
+    assert shares[0][1:] == shares[1][1:]  # the toy's labels are of its value path, +cos
     with pytest.raises(UserError, match="toy exists: remove it"):
         toy.build(small)
 
