@@ -430,7 +430,10 @@ def _start_store(folder, meta, words, rank):
         _write(folder / "words.txt", "\n".join(words) + "\n")
         _write(path, json.dumps(meta, indent=1))  # last: with it, both are there
     _wait(path)
-    old = json.loads(path.read_text())
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path}: damaged ({e}); choose another --out or remove the folder") from e
     for field in sorted(meta.keys() - {"data", "image_folder"}):
         if old.get(field) != meta[field]:
             raise UserError(f"{folder}: holds labels with {field} = {old.get(field)}, asked for are {field} = "
@@ -601,7 +604,7 @@ def show(labels: str, out: str = "labels.png", images: int = 4, truth: str = "",
             for i, first in zip(rows, ids[..., 0])}
     frequent = collections.Counter(word for words in best.values() for word in words if word)
     share = np.array(list(frequent.values())) / max(1, frequent.total())
-    bits = float(-(share * np.log2(share)).sum())
+    bits = float((share * np.log2(1 / share)).sum())
     print(f"{len(store):,} images, {len(store.words):,} words; in {len(ids)} of the images "
           f"{(count > 0).float().mean():.1%} of the patches have a label, {count.float().mean():.1f} of at most "
           f"{meta['n']}")
