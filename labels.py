@@ -274,22 +274,26 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
 def _search(patches, words, n, dtype):
     """The 4n + 24 words of each patch whose products in `dtype` are largest, scored again in float64 -> ids and scores
     [P, n] of the best of these, and [P] a bound: none of the other words scores more."""
-    patch_block, word_block, group = (4096, 32768, 32) if patches.device.type == "cuda" else (2048, 8192, 16)
+    cuda = patches.device.type == "cuda"
+    patch_block, word_block, group, rescored = (4096, 32768, 32, 512) if cuda else (2048, 8192, 16, 4)
     k, block = min(4 * n + 24, len(words)), min(word_block, -(-len(words) // group) * group)
     coarse, mean = patches.to(dtype), words.mean(0)  # a shift of all words changes no order, but less is rounded
     best = torch.full((len(patches), k), -torch.inf, dtype=dtype, device=patches.device)
     ids = torch.zeros_like(best, dtype=torch.int64)
+    # temporaries of this size are cheaper to reuse than to allocate
     buffer = best.new_empty(min(patch_block, len(patches)), block)
+    centred, coarse_words = words.new_empty(block, words.shape[1]), best.new_zeros(block, words.shape[1])
     inside = torch.arange(group, device=ids.device)[:, None] * (block // group)
     norm = error = patches.new_zeros(())  # the largest of any word, and of what rounding takes from it
     for start in range(0, len(words), block):
-        part = words[start:start + block] - mean
-        coarse_part = part.to(dtype)
-        norm, error = norm.maximum(part.norm(dim=1).amax()), error.maximum((part - coarse_part).norm(dim=1).amax())
-        coarse_part = F.pad(coarse_part, (0, 0, 0, block - len(part)))
+        part = words[start:start + block]
+        part = torch.sub(part, mean, out=centred[:len(part)])
+        coarse_words[:len(part)] = part
+        norm = norm.maximum(part.norm(dim=1).amax())
+        error = error.maximum(part.sub_(coarse_words[:len(part)]).norm(dim=1).amax())
         for at in range(0, len(patches), patch_block):
             here = slice(at, at + patch_block)
-            products = torch.mm(coarse[here], coarse_part.T, out=buffer[:len(coarse[here])])
+            products = torch.mm(coarse[here], coarse_words.T, out=buffer[:len(coarse[here])])
             products[:, len(part):] = -torch.inf
             # the best k words are in the k groups with the best maxima: only these are looked at one by one
             groups = products.unflatten(1, (group, -1))
@@ -301,8 +305,8 @@ def _search(patches, words, n, dtype):
             ids[here] = torch.cat([ids[here], (start + inside + top).flatten(1)], 1).gather(1, order)
 
     ids = ids.sort(dim=1)[0]  # then a stable sort keeps the lower id first among equals
-    scores = torch.cat([(words[i].double() * p.double().unsqueeze(1)).sum(-1)
-                        for p, i in zip(patches.split(32), ids.split(32))])
+    scores = torch.cat([words[i].double().mul_(p.double().unsqueeze(1)).sum(-1)
+                        for p, i in zip(patches.split(rescored), ids.split(rescored))])
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     if k == len(words):
         return ids.gather(1, order)[:, :n], scores[:, :n], scores.new_full((len(scores),), -torch.inf)
