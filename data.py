@@ -336,7 +336,7 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
     if chat:
         messages = chat_messages(sample)
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        start = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]  # for those that want one
+        start = _start(tokenizer)
         ids, mask = start + encoded["input_ids"], [0] * len(start) + encoded["assistant_masks"]
         answers, found = sum(m["role"] == "assistant" for m in messages), sum(np.diff([0, *mask]) > 0)
         if found != answers:
@@ -355,6 +355,18 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
         max_length = at if at < max_length < at + image_tokens else max_length
     ids, mask = torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length])
     return ids, ids.masked_fill(mask == 0, IGNORE)
+
+
+def _start(tokenizer):
+    return [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]  # for those that want one
+
+
+def encode_prompt(messages, tokenizer, image_tokens):
+    """A chat whose last turn is the user's -> ids [L] that the model is to continue with its answer, as it was trained
+    by encode_conversation. messages: of chat_messages."""
+    ids = tokenizer.apply_chat_template(messages, return_dict=True, add_generation_prompt=True)["input_ids"]
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return torch.tensor(_start(tokenizer) + [i for t in ids for i in ([t] * image_tokens if t == image else [t])])
 
 
 def word_tokens(words, tokenizer):

@@ -1,16 +1,23 @@
-"""How well are the visual tokens aligned with the LLM's words? TACS (Eq. 14), D (Eq. 5), nearest words (Eq. 4).
+"""How well are the visual tokens aligned with the LLM's words, and how well does the model answer?
 
-    python eval.py tacs  --model out/toy
-    python eval.py gap   --model out/toy
-    python eval.py words --model out/toy --baseline out/toy_baseline --out words.png
+    python eval.py tacs    --model out/toy                 TACS (Eq. 14): visual tokens against their caption's tokens
+    python eval.py gap     --model out/toy                 D (Eq. 5): distance to the nearest word
+    python eval.py words   --model out/toy --baseline out/toy_baseline       nearest words (Eq. 4, Figure 1a)
+    python eval.py pope    --model out/finetune --data pope/ --image_folder val2014
+    python eval.py vqa     --model out/finetune --data questions.json --image_folder images
+    python eval.py chat    --model out/finetune --image photo.jpg
+    python eval.py figures --model out/toy --baseline out/toy_baseline       Figures 2, 3 and 5 of what runs have left
 
---model takes a training run's --out_dir, its model/, or one of its checkpoints. Data, images and words are those the
-run's config.json names for validation, unless flags say otherwise. Dimensions as in loss.py.
+--model takes a training run's --out_dir, its model/, one of its checkpoints, or any Hugging Face Llava model. Data,
+images and words are those the run's config.json names for validation, unless flags say otherwise. pope and vqa add
+their result to the run's eval.jsonl, from which `figures` draws. Dimensions as in loss.py.
 """
 
 import contextlib
-import io
+import functools
 import json
+import math
+import re
 from pathlib import Path
 
 import torch
@@ -18,7 +25,19 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from data import IGNORE, LlavaDataset, UserError, cli, load_samples, run_command
+from data import (
+    IGNORE,
+    LlavaDataset,
+    UserError,
+    chat_messages,
+    cli,
+    encode_prompt,
+    geometry,
+    image_of,
+    load_samples,
+    read_image,
+    run_command,
+)
 from labels import draw_words, read_words, true_share
 from model import SEAModel, find_model
 
@@ -62,30 +81,95 @@ def alignment_sums(model, dataset, device):
     return total
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------------------------------- answers
+
+# LLaVA-1.5's, behind the question
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
+@torch.no_grad()
+def answer(model, samples, image_folder, batch_size=16, max_new_tokens=16, desc="answering"):
+    """Greedy answers (strings) to samples, LLaVA's dicts whose last turn is a human's; image may be missing."""
+    tokenizer, device, said = model.tokenizer, model.embed_tokens.weight.device, []
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    with tqdm(total=len(samples), desc=desc, unit=" answers") as bar:
+        for start in range(0, len(samples), batch_size):
+            part = samples[start:start + batch_size]
+            ids = [encode_prompt(chat_messages(s), tokenizer, model.image_tokens) for s in part]
+            images = [read_image(Path(image_folder) / image_of(s))[0] for s in part if image_of(s)]
+            pixels = torch.stack([geometry(i, **model.geometry) for i in images]) if images else torch.zeros(0, 3, 0, 0)
+            out = model.generate(pad(ids, padding_value=tokenizer.pad_token_id).to(device),
+                                 pad([torch.ones_like(x) for x in ids]).to(device), pixels.to(device),
+                                 max_new_tokens=max_new_tokens)
+            said += [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+            bar.update(len(part))
+    return said
+
+
+def ask(text, image):
+    """A sample for `answer`."""
+    return {"image": image, "conversations": [{"from": "human", "value": text}]}
+
+
+def says_yes(text):
+    """POPE's and LLaVA's reading of an answer: no if its first sentence has "no" or "not" in it, else yes."""
+    return not {"no", "not"} & set(text.lower().split(".")[0].replace(",", "").split())
+
+
+def pope_metrics(said, true):
+    """said, true: lists of bool, yes is positive -> dict of accuracy, precision, recall, f1, yes_ratio."""
+    both = sum(s and t for s, t in zip(said, true))
+    precision, recall = both / max(1, sum(said)), both / max(1, sum(true))
+    return dict(accuracy=sum(s == t for s, t in zip(said, true)) / len(said), precision=precision, recall=recall,
+                f1=2 * both / max(1, sum(said) + sum(true)), yes_ratio=sum(said) / len(said))
+
+
+def normalize(text):
+    """An answer as it is compared: lower case, without punctuation, articles and spare spaces."""
+    return " ".join(w for w in re.sub(r"[^\w\s]", " ", text.lower()).split() if w not in ("a", "an", "the"))
+
+
+def chosen(text, choices):
+    """The index of the choice that an answer names by its letter ("B", "(B)", "B. a cat") or its text, else None."""
+    letter = re.match(r"\(?([A-Z])(?![\w'])", text.strip())
+    if letter and ord(letter[1]) - ord("A") < len(choices):
+        return ord(letter[1]) - ord("A")
+    return next((i for i, choice in enumerate(choices) if normalize(choice) == normalize(text)), None)
+
+
+# ------------------------------------------------------------------------------------------------------ a run
+
+
+def run_folder(path):
+    """The folder of the training run that `path` (an out_dir, its model/ or a checkpoint) belongs to, or None."""
+    folder = Path(find_model(path)).resolve()
+    for parent in (folder, *folder.parents[:3]):
+        config = parent / "config.json"  # Llava models have one too
+        if config.is_file() and "stage" in json.loads(config.read_text()):
+            return parent
 
 
 def run_config(path):
-    """The config.json of the run that `path` (an out_dir, its model/ or a checkpoint) belongs to."""
-    folder = Path(find_model(path)).resolve()
-    for parent in (folder, *folder.parents[:3]):
-        if (parent / "config.json").is_file():
-            config = json.loads((parent / "config.json").read_text())
-            if "stage" in config:  # another one is of the Llava model
-                return config
-    return {}
+    folder = run_folder(path)
+    return json.loads((folder / "config.json").read_text()) if folder else {}
+
+
+def load_model(path):
+    """A SEAModel on its device, in bf16 on a GPU."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    return SEAModel.from_run(path, dtype).to(device)
 
 
 def load_run(model, data, image_folder, samples):
-    """-> SEAModel on its device, LlavaDataset of the first `samples` samples, config of the run."""
+    """-> SEAModel, LlavaDataset of the first `samples` samples, config of the run."""
     config = run_config(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.get("stage") == "pretrain":  # stage 2's data are no captions
         data = data or config["val_data"]
         image_folder = image_folder or config["val_image_folder"] or config["image_folder"]
     if not data or not image_folder:
         raise UserError(f"{model}: its run named no captions to look at; give --data and --image_folder")
-    model, rows = SEAModel.from_run(model).to(device), load_samples(data)
+    model, rows = load_model(model), load_samples(data)
     rows = [rows[i] for i in range(min(samples, len(rows)))]
     dataset = LlavaDataset(rows, image_folder, model.geometry, model.tokenizer, model.image_tokens)
     return model, dataset, config
@@ -109,26 +193,45 @@ def word_matrix(model, words, config):
     return words, torch.cat([model.word_vectors(ids) for ids in torch.arange(len(words)).split(8192)])
 
 
+def record(model, result):
+    """Print a result and, if `model` belongs to a run, add it to that run's eval.jsonl, with its step."""
+    print(json.dumps(result))
+    if folder := run_folder(model):
+        step = _step(find_model(model)) or _lines(folder / "metrics.jsonl")[-1]["step"]
+        with open(folder / "eval.jsonl", "a") as f:
+            f.write(json.dumps(dict(step=step) | result) + "\n")
+    return result
+
+
+def _step(path):
+    step = re.search(r"step_(\d+)", str(path))
+    return int(step[1]) if step else None
+
+
+def _lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# --------------------------------------------------------------------------------------------------- commands
+
+
 def eval_tacs(model: str, data: str = "", image_folder: str = "", samples: int = 100):
     """Mean TACS and caption loss over image-caption pairs: the first `samples` of `data`."""
-    model, dataset, _ = load_run(model, data, image_folder, samples)
-    device = model.embed_tokens.weight.device
-    sums = [alignment_sums(model, Subset(dataset, [i]), device) for i in tqdm(range(len(dataset)), desc="TACS")]
+    sea, dataset, _ = load_run(model, data, image_folder, samples)
+    device = sea.embed_tokens.weight.device
+    sums = [alignment_sums(sea, Subset(dataset, [i]), device) for i in tqdm(range(len(dataset)), desc="TACS")]
     score, n, loss, tokens = map(sum, zip(*sums))
-    result = dict(tacs=score / n, caption_loss=loss / tokens, pairs=n)
-    print(json.dumps(result))
-    return result
+    return record(model, dict(tacs=score / n, caption_loss=loss / tokens, pairs=n))
 
 
 def eval_gap(model: str, words: str = "", data: str = "", image_folder: str = "", samples: int = 100):
     """D of Eq. 5 and the norms that it depends on: of the visual tokens, of the words, and D of unit vectors."""
-    model, dataset, config = load_run(model, data, image_folder, samples)
-    x_v, (_, w) = visual_tokens(model, dataset).flatten(0, 1), word_matrix(model, words, config)
-    result = dict(D=float(modality_gap(x_v, w)), visual_norm=float(x_v.norm(dim=-1).mean()),
-                  word_norm=float(w.norm(dim=-1).mean()),
-                  D_of_unit_vectors=float(modality_gap(F.normalize(x_v, dim=-1), F.normalize(w, dim=-1))))
-    print(json.dumps(result))
-    return result
+    sea, dataset, config = load_run(model, data, image_folder, samples)
+    x_v, (_, w) = visual_tokens(sea, dataset).flatten(0, 1), word_matrix(sea, words, config)
+    return record(model, dict(
+        D=float(modality_gap(x_v, w)), visual_norm=float(x_v.norm(dim=-1).mean()),
+        word_norm=float(w.norm(dim=-1).mean()),
+        D_of_unit_vectors=float(modality_gap(F.normalize(x_v, dim=-1), F.normalize(w, dim=-1)))))
 
 
 def eval_words(model: str, baseline: str = "", words: str = "", truth: str = "", data: str = "", image_folder: str = "",
@@ -146,7 +249,8 @@ def eval_words(model: str, baseline: str = "", words: str = "", truth: str = "",
         results[name] = {"words": {word: round(flat.count(word) / len(flat), 3) for word in top}}
         if truth:
             results[name]["true"] = true_share(truth, nearest)
-        print(name, json.dumps(results[name]))
+        print(name, end=" ")
+        record(name, results[name])
         mean, std = (torch.tensor(sea.geometry[k])[:, None, None] for k in ("mean", "std"))
         pixels = [dataset[i]["pixels"] * std + mean for i in range(min(images, len(dataset)))]
         columns = columns or [[(image, []) for image in pixels]]
@@ -155,30 +259,241 @@ def eval_words(model: str, baseline: str = "", words: str = "", truth: str = "",
     return results
 
 
-def compare(runs, truth, samples):
-    """Print a table of the measures above, one column for each kind of run: mean (least to most over its seeds).
+def eval_pope(model: str, data: str, image_folder: str, batch_size: int = 16, prompt: str = SHORT):
+    """POPE: does the model see objects that are not there? data: one of its files (a JSON object on each line: image,
+    text, label) or a folder of them (coco_pope_random.json, ...); the mean F1 is what LLaVA and the paper report."""
+    files = sorted(Path(data).glob("*.json*")) if Path(data).is_dir() else [Path(data)]
+    questions = {path.stem: _pope_lines(path) for path in files}
+    if not questions:
+        raise UserError(f"{data}: no .json file in this folder; POPE's are named coco_pope_random.json and so on")
+    sea, result = load_model(model), {}
+    for name, rows in questions.items():
+        asked = [ask(f"{row['text']}\n{prompt}".strip(), row["image"]) for row in rows]
+        said = answer(sea, asked, image_folder, batch_size, desc=name)
+        result[name] = pope_metrics([says_yes(text) for text in said], [row["yes"] for row in rows])
+    mean = {k: sum(r[k] for r in result.values()) / len(result) for k in next(iter(result.values()))}
+    return record(model, {"pope": mean | result})
 
-    runs {kind: [folder of a run, ...]}, truth: a truth.json, samples: how many of the runs' val_data.
+
+def _pope_lines(path):
+    rows = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows.append(dict(image=str(row["image"]), text=str(row["text"]), yes=("no", "yes").index(row["label"])))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e})") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{path}, line {len(rows) + 1}: no question of POPE, which is an object with "image", "text" '
+                        f'and "label", yes or no ({e!r})') from e
+    return rows
+
+
+def eval_vqa(model: str, data: str, image_folder: str = "", batch_size: int = 16, prompt: str = SHORT,
+             max_new_tokens: int = 16, out: str = ""):
+    """Exact match: the share of samples (LLaVA's format) whose first question gets the answer that is written there.
+    A sample with "choices", a list, is asked with their letters; its answer is one of them. out: a file for what was
+    said. A text-only file measures language alone."""
+    rows = load_samples(data, captions=False)
+    rows = [rows[i] for i in range(len(rows))]
+    asked, true = [], []
+    for row in rows:
+        at = next(i for i, turn in enumerate(row["conversations"]) if turn["from"] == "human")
+        question, choices = row["conversations"][at], row.get("choices")
+        true.append(row["conversations"][at + 1]["value"])
+        if choices and chosen(true[-1], choices) is None:
+            raise UserError(f"{data}, sample {row.get('id')}: the answer {true[-1]!r} is none of its choices {choices}")
+        listed = "".join(f"\n{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices or []))
+        text = f"{question['value']}{listed}\n{LETTER if choices and prompt == SHORT else prompt}".strip()
+        asked.append(row | {"conversations": [*row["conversations"][:at], question | {"value": text}]})
+    said, kinds, log = answer(load_model(model), asked, image_folder, batch_size, max_new_tokens), {}, []
+    for row, sample, text, wanted in zip(rows, asked, said, true):
+        right = normalize(text) == normalize(wanted)
+        kind = "yes/no" if normalize(wanted) in ("yes", "no") else "open"
+        if choices := row.get("choices"):
+            kind, right = "choice", chosen(text, choices) == chosen(wanted, choices)
+        kinds.setdefault(kind, []).append(right)
+        log.append(dict(id=row.get("id"), question=sample["conversations"][-1]["value"], answer=text, true=wanted,
+                        right=right))
+    if out:
+        Path(out).write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    kinds["all"] = [line["right"] for line in log]
+    return record(model, {Path(data).stem: {kind: sum(right) / len(right) for kind, right in sorted(kinds.items())}})
+
+
+def chat(model: str, image: str = "", max_new_tokens: int = 512):
+    """Ask about an image, or about nothing: each line is a question, an empty line or Ctrl-D ends it."""
+    from transformers import TextStreamer
+    sea = load_model(model)
+    device = sea.embed_tokens.weight.device
+    pixels = geometry(read_image(Path(image))[0], **sea.geometry)[None] if image else torch.zeros(0, 3, 0, 0)
+    turns = []
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while text := input("> ").strip():
+            turns.append({"from": "human", "value": text})
+            messages = chat_messages({"image": image, "conversations": turns})
+            ids = encode_prompt(messages, sea.tokenizer, sea.image_tokens)[None].to(device)
+            streamer = TextStreamer(sea.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            out = sea.generate(ids, torch.ones_like(ids), pixels.to(device), max_new_tokens=max_new_tokens,
+                               streamer=streamer)
+            turns.append({"from": "gpt", "value": sea.tokenizer.decode(out[0], skip_special_tokens=True).strip()})
+    return turns
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+def history(run):
+    """All that a run's files say of it -> {measure: {step: value}}: metrics.jsonl, eval.jsonl (its nested names joined
+    by a space), and the results of lmms-eval and lm-evaluation-harness that were written below the run's folder."""
+    found, run = {}, Path(run)
+    lines = _lines(run / "metrics.jsonl") + _lines(run / "eval.jsonl")
+    last = max((line["step"] for line in lines), default=0)
+    for path in run.rglob("*results*.json"):
+        step = _step(path.relative_to(run)) or last
+        for task, values in json.loads(path.read_text())["results"].items():
+            scores = [k for k, v in values.items() if "," in k and "stderr" not in k and isinstance(v, (int, float))]
+            lines += [{"step": step, task: {"all": values[k]}} for k in sorted(scores, key=lambda k: "f1" not in k)[:1]]
+    for line in lines:
+        for name, value in _flat(line):
+            found.setdefault(name, {})[line["step"]] = value
+    return found
+
+
+def _flat(values, before=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name} ")
+        elif isinstance(value, (int, float)):
+            yield before + name, value
+
+
+def need(name):
+    """A module that only figures need."""
+    import importlib
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"figures need {name.split('.')[0]}: pip install matplotlib scikit-learn") from e
+
+
+def draw_curves(runs, measures, path):
+    """Measures over the steps of training, one panel each. runs {kind: [{measure: {step: value}}, one for each seed]},
+    measures {name: title}: a line is the mean over seeds, the band reaches from the least to the most."""
+    plt = need("matplotlib.figure")
+    figure = plt.Figure(figsize=(5 * len(measures), 3.6), layout="constrained")
+    for axes, (measure, title) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures.items()):
+        for kind, seeds in runs.items():
+            steps = sorted(set.intersection(*(set(seed.get(measure, ())) for seed in seeds)))
+            values = [[seed[measure][step] for seed in seeds] for step in steps]
+            axes.plot(steps, [sum(v) / len(v) for v in values], marker="o", markersize=3, label=kind)
+            axes.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.2)
+        axes.set(title=title, xlabel="steps")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def draw_radar(scores, path):
+    """Benchmarks around a circle, each as a share of its best value. scores {kind: {benchmark: value}}."""
+    names = [name for name in next(iter(scores.values())) if all(name in kind for kind in scores.values())]
+    best = {name: max(kind[name] for kind in scores.values()) or 1.0 for name in names}
+    figure = need("matplotlib.figure").Figure(figsize=(6, 5.4), layout="constrained")
+    axes = figure.add_subplot(projection="polar")
+    angles = [2 * math.pi * i / len(names) for i in range(len(names))]
+    for kind, values in scores.items():
+        radii = [values[name] / best[name] for name in names]
+        axes.plot(angles + angles[:1], radii + radii[:1], label=kind)
+        axes.fill(angles, radii, alpha=0.1)
+    low = min(values[name] / best[name] for values in scores.values() for name in names)
+    axes.set_ylim(max(0.0, 2 * low - 1 - 0.02), 1.02)  # or small differences would not be seen
+    axes.set_xticks(angles, [f"{name}\n" + " / ".join(f"{values[name]:.3g}" for values in scores.values())
+                             for name in names])
+    axes.tick_params(pad=14)
+    axes.set_yticklabels([])
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower left", frameon=False)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def draw_tsne(tokens, path, most=1000):
+    """Figure 2: a panel for each kind, in one common t-SNE. tokens {kind: {"visual tokens" and others: [N, D]}}.
+
+    PAPER: by cosine distance, the similarity of Eq. 4 and TACS; the norms of visual tokens would part them from words
+    however well they are aligned. At most `most` of each, evenly spaced.
     """
-    rows = {kind: [] for kind in runs}
-    for kind, folders in runs.items():
-        for folder in tqdm(folders, desc=f"measuring {kind}"):
-            of = dict(model=str(folder), samples=samples)
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                pairs, gap = eval_tacs(**of), eval_gap(**of)
-                words = eval_words(**of, truth=truth, out=f"{folder}/words.png")[str(folder)]["true"]
-            rows[kind].append({"TACS": pairs["tacs"], "D": gap["D"], "D of unit vectors": gap["D_of_unit_vectors"],
-                               **{f"nearest word true, {name} patches": share for name, share in words.items()},
-                               "caption loss": pairs["caption_loss"]})
-    print(f"| {samples} held-out images | {' | '.join(rows)} |\n|---|{'---|' * len(rows)}")
-    for measure in next(iter(rows.values()))[0]:
-        values = [[row[measure] for row in kind] for kind in rows.values()]
-        cells = (f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values)
-        print(f"| {measure} | {' | '.join(cells)} |")
+    figures, manifold = need("matplotlib.figure"), need("sklearn.manifold")
+    parts = {(kind, name): x[torch.linspace(0, len(x) - 1, min(most, len(x))).long()].float().cpu()
+             for kind, groups in tokens.items() for name, x in groups.items()}
+    tsne = manifold.TSNE(metric="cosine", init="random", random_state=0)
+    places = torch.from_numpy(tsne.fit_transform(torch.cat([*parts.values()]).numpy()))
+    places = dict(zip(parts, places.split([len(x) for x in parts.values()])))
+    figure = figures.Figure(figsize=(5 * len(tokens), 4.6), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(tokens), squeeze=False)[0], tokens):
+        for name, color, size in zip(tokens[kind], ("tab:orange", "gold", "tab:blue"), (5, 14, 14)):
+            axes.scatter(*places[kind, name].T, s=size, c=color, label=name, linewidths=0)
+        axes.set(title=kind, xticks=[], yticks=[])
+    axes.legend(loc="upper right", markerscale=2)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+@torch.no_grad()
+def token_groups(model, data="", image_folder="", samples=100):
+    """-> {"visual tokens": of `samples` images, "text tokens": of their captions, "LLM's embeddings"}, each [N, D]."""
+    sea, dataset, _ = load_run(model, data, image_folder, samples)
+    texts = sea.tokenizer([s["conversations"][1]["value"] for s in dataset.samples], add_special_tokens=False).input_ids
+    vocabulary = torch.linspace(0, sea.embed_tokens.num_embeddings - 1, 2000).long().unique()
+    text, words = (sea.embed_tokens(ids.to(sea.embed_tokens.weight.device))
+                   for ids in (torch.tensor(sorted({i for ids in texts for i in ids})), vocabulary))
+    return {"visual tokens": visual_tokens(sea, dataset).flatten(0, 1), "text tokens": text, "LLM's embeddings": words}
+
+
+def figures(model: str, baseline: str, out: str = "figures", data: str = "", image_folder: str = "",
+            samples: int = 100):
+    """Baseline beside SEA, from what their runs have left. Of stage 1: tsne.png (Figure 2), curves.png (Figure 5: TACS,
+    and POPE where eval.py pope was called for several checkpoints). Of stage 2: curves.png (Figure 3a: what eval.py or
+    lm-evaluation-harness measured for several checkpoints), radar.png (Figure 3b: every benchmark measured for both).
+    """
+    folders = {"baseline": run_folder(baseline), "SEA": run_folder(model)}
+    if None in folders.values():
+        raise UserError("--model and --baseline must be training runs: figures are drawn from their metrics.jsonl and "
+                        "eval.jsonl")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    if data or run_config(model)["stage"] == "pretrain":
+        draw_tsne({kind: token_groups(str(folder), data, image_folder, samples) for kind, folder in folders.items()},
+                  f"{out}/tsne.png")
+    runs = {kind: [history(folder)] for kind, folder in folders.items()}
+    measures = {name: name for name, values in runs["SEA"][0].items() if len(values) > 1 and is_score(name)
+                and len(runs["baseline"][0].get(name, ())) > 1}
+    if measures:
+        draw_curves(runs, measures, f"{out}/curves.png")
+    scores = {kind: {name: values[max(values)] for name, values in of[0].items() if is_score(name)}
+              for kind, of in runs.items()}
+    if len(set.intersection(*map(set, scores.values()))) > 2:
+        draw_radar(scores, f"{out}/radar.png")
+    else:
+        print("no radar.png: it takes three benchmarks that were measured for both runs, by eval.py or lmms-eval")
+
+
+def is_score(name):
+    """Of the measures in a history those that the paper's figures show: TACS, and one for each benchmark."""
+    return name in ("val_tacs", "pope f1") or name.endswith(" all")
+
+
+def print_table(runs, measures):
+    """Markdown: the last value of each measure, mean (least to most over seeds). runs: as of draw_curves."""
+    print(f"| | {' | '.join(runs)} |\n|---|{'---|' * len(runs)}")
+    for measure, title in measures.items():
+        columns = [[seed[measure][max(seed[measure])] for seed in seeds if measure in seed] for seeds in runs.values()]
+        cells = (f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" if v else "" for v in columns)
+        print(f"| {title} | {' | '.join(cells)} |")
 
 
 def main(argv=None):
-    return run_command(__doc__, {"tacs": eval_tacs, "gap": eval_gap, "words": eval_words}, argv)
+    return run_command(__doc__, {"tacs": eval_tacs, "gap": eval_gap, "words": eval_words, "pope": eval_pope,
+                                 "vqa": eval_vqa, "chat": chat, "figures": figures}, argv)
 
 
 if __name__ == "__main__":

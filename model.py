@@ -6,11 +6,13 @@
 
 import contextlib
 import copy
+import json
 import math
 import re
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
@@ -117,7 +119,7 @@ def find_model(path):
         return str(path)
     path = Path(path)
     for folder in (path, path / "model", *newest_checkpoints(path)[:1]):
-        if (folder / "adapter.safetensors").is_file() or (folder / "processor_config.json").is_file():
+        if any((folder / name).is_file() for name in ("adapter.safetensors", "processor_config.json", "state.json")):
             return folder
     raise UserError(f"{path}: no adapter.safetensors and no Llava model here, in model/ or in checkpoints/step_N/; "
                     "give the --out_dir of a training run or a Llava folder")
@@ -169,13 +171,26 @@ class SEAModel(nn.Module):
 
     @classmethod
     def from_run(cls, path, dtype=torch.float32):
-        """The model of a training run (its out_dir, its model/, or a checkpoint of stage 1), or of any Hugging Face
-        Llava folder or hub name."""
-        folder = find_model(path)
-        if not (Path(folder) / "adapter.safetensors").is_file():
-            return cls.from_llava(folder, dtype)
+        """The model of a training run (its out_dir, its model/, or a checkpoint), or of any Hugging Face Llava folder
+        or hub name."""
+        folder = Path(find_model(path))
+        if not (folder / "adapter.safetensors").is_file():
+            checkpoint = (folder / "state.json").is_file()
+            return cls._from_finetune(folder, dtype) if checkpoint else cls.from_llava(str(folder), dtype)
         model = cls.from_parts(**part_names(folder), dtype=dtype)
         model.load_adapter(folder / "adapter.safetensors")
+        return model
+
+    @classmethod
+    def _from_finetune(cls, folder, dtype):
+        """Of a checkpoint of stage 2: the model that its run started from, with the weights trained since."""
+        model = cls.from_run(json.loads((folder / "state.json").read_text())["config"]["init"], dtype)
+        own, saved = dict(model.named_parameters()), dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        state = {"model": {name: p.detach() for name, p in own.items() if f"model.{name}" in saved}}
+        try:
+            dcp.load(state, checkpoint_id=folder, no_dist=True)
+        except dcp.CheckpointException as e:
+            raise UserError(f"{folder}: truncated or corrupt; use another checkpoint") from e
         return model
 
     @classmethod
@@ -312,6 +327,8 @@ class SEAModel(nn.Module):
 
         f is the tower's second-to-last layer without class or register tokens, as in LLaVA.
         """
+        if not len(pixels):  # text only; ranks whose vision path got no gradient would leave the others waiting
+            pixels = torch.zeros(1, 3, self.geometry["size"], self.geometry["size"], device=self.vision.device)
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
             features = self._features(pixels)
@@ -334,8 +351,6 @@ class SEAModel(nn.Module):
         PAPER: L_g is a mean over trained tokens. num_targets is what the sum is divided by, for a mean over several
         micro-batches and ranks; by default the number in this batch. inputs [B, L, D]: X_input, is_image [B, L].
         """
-        if not len(pixels):  # text only; ranks whose vision path got no gradient would leave the others waiting
-            pixels = torch.zeros(1, 3, self.geometry["size"], self.geometry["size"], device=input_ids.device)
         visual_tokens = self.encode_image(pixels)
         x = self.embed(input_ids, visual_tokens)
         hidden = self.llm.get_decoder()(inputs_embeds=x, attention_mask=attention_mask, use_cache=False)[0]

@@ -1,7 +1,7 @@
 """The zero-download world: pictures, captions, questions, the truth of every patch, a tiny CLIP and a tiny LM.
 
     python toy.py build      # minutes on two CPU cores; train.py --preset toy calls it when ./toy is missing
-    python toy.py compare    # baseline against SEA over three seeds: the table of the README
+    python toy.py report     # baseline against SEA over three seeds: the tables and figures of the README
 
 Everything is ordinary files, so that the toy goes through exactly the code that the full scale goes through: images,
 LLaVA JSON (train, val: captions; train_qa, val_qa: questions), words.txt, truth.json (the true words of a patch), clip
@@ -135,9 +135,9 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 
 def write_world(folder: Path, n_train: int, n_val: int, seed: int) -> None:
     """Draw the images and write everything that is not a model."""
-    truth = {}
+    truth, pope = {}, {"color": [], "pattern": [], "shape": []}
     for split, count in (("train", n_train), ("val", n_val)):
-        rng, samples = random.Random(f"{seed} {split}"), {split: [], f"{split}_qa": []}
+        rng, samples = random.Random(f"{seed} {split}"), {split: [], f"{split}_qa": [], f"{split}_text": []}
         (folder / "images" / split).mkdir(parents=True)
         for i in tqdm(range(count), desc=f"draw {split}"):
             scene, image = make_scene(rng), f"{split}/{i:06d}.png"
@@ -148,8 +148,18 @@ def write_world(folder: Path, n_train: int, n_val: int, seed: int) -> None:
                 turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
                 samples[f"{split}_qa" if k else split].append(
                     {"id": f"{split}-{i}-{k}", "image": image, "conversations": turns})
+            turns = [turns[0] | {"value": in_words(scene, rng) + question}, turns[1]]
+            samples[f"{split}_text"].append({"id": f"{split}-{i}-text", "conversations": turns})
+            for field, names in zip(pope, (COLORS, PATTERNS, SHAPES)):   # POPE: as often something there as not
+                there = [getattr(t, field) for t in scene.things]
+                for label, words in (("yes", there), ("no", [w for w in names if w not in there])):
+                    text = f"Is there a {rng.choice(words)}{'' if field == 'shape' else ' object'}?"
+                    pope[field] += [{"image": image, "text": text, "label": label}] * (split == "val")
         for name, rows in samples.items():
             (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
+    (folder / "pope").mkdir()
+    for field, lines in pope.items():
+        (folder / f"pope/toy_pope_{field}.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "truth.json").write_text(json.dumps(truth))
     (folder / "words.txt").write_text("\n".join(WORDS) + "\n")
 
@@ -366,38 +376,97 @@ def label(folder: Path, out: Path, **settings) -> None:
                 path="value", sign=1, workers=0, **settings)
 
 
-# ---------------------------------------------------------------- compare
-def compare(seeds: int = 3, out: Path = Path("out/compare")):
-    """Train baseline and SEA, this also with other labels, from the same seeds, two runs at a time, and print the table
-    of eval.compare: finished runs in `out` are used again."""
-    import eval as evaluation
-    ensure()
-    label(Path("toy"), out / "labels_n10", n=10)
-    label(Path("toy"), out / "labels_mass0.5", n=10, mass=.5)
-    flags = {"baseline": ["--sea_weight", "0"], "SEA": [], "SEA_n10": ["--labels", out / "labels_n10"],
-             "SEA_mass0.5": ["--labels", out / "labels_mass0.5"]}
+# ---------------------------------------------------------------- report
+KINDS = ("baseline", "SEA", "SEA_truth", "SEA_n10", "SEA_mass0.5")    # the first three go through stage 2 too
 
-    def train(run) -> Path:
-        folder, (name, seed) = out / "_".join(map(str, run)), run
-        if not (folder / "model").exists():
+
+def true_labels(folder: Path, out: Path) -> None:
+    """The store of the toy's labels with, in the place of CLIP's, the true words of each judged patch."""
+    from labels import LabelStore, record_type
+    shutil.copytree(folder / "labels", out, dirs_exist_ok=True)
+    store, truth = LabelStore(out), json.loads((folder / "truth.json").read_text())
+    samples, meta = json.loads((folder / "train.json").read_text()), store.meta | {"n": 2, "path": "truth"}
+    for k, path in enumerate(store.shards):
+        old = np.load(path)
+        new = np.zeros(len(old), record_type(len(WORDS), GRID**2, 2))
+        new["ids"], new["crc"] = 65535, old["crc"]
+        for row, sample in zip(new, samples[k * meta["shard"]:]):
+            for patch, words in {**truth[sample["image"]]["object"], **truth[sample["image"]]["background"]}.items():
+                row["ids"][int(patch), :len(words)] = [WORDS.index(w) for w in words]
+                row["scores"][int(patch), :len(words)] = 1
+        np.save(path, new)
+    (out / "meta.json").write_text(json.dumps(meta))
+
+
+def run_all(command, *commands) -> None:
+    """Run Python commands one after the other, silently, with one thread."""
+    for argv in (command, *commands):
+        job = subprocess.run([sys.executable, *map(str, argv)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                             capture_output=True, text=True)
+        if job.returncode:
+            raise UserError(f"{' '.join(map(str, argv))}: {job.stderr.strip().splitlines()[-1]}")
+
+
+def report(seeds: int = 3, out: Path = Path("out/report")):
+    """The README's tables and figures: baseline, SEA, SEA with true labels, both stages, from the same seeds; SEA with
+    ten labels a patch and with --mass 0.5, stage 1. Two runs at a time; finished ones in `out` are used again."""
+    import eval as evaluation
+    toy, here = Path("toy"), Path(__file__).parent
+    ensure(toy)
+    label(toy, out / "labels_n10", n=10)
+    label(toy, out / "labels_mass0.5", n=10, mass=.5)
+    true_labels(toy, out / "labels_truth")
+
+    def train(run) -> None:
+        kind, seed, folder = *run, out / f"{run[0]}_{run[1]}"
+        two, measure, train = Path(f"{folder}_finetune"), here / "eval.py", [here / "train.py", "--preset", "toy"]
+        labels = {"baseline": ["--sea_weight", 0], "SEA": []}.get(
+            kind, ["--labels", out / kind.replace("SEA", "labels")])
+        pope = ["--data", toy / "pope", "--image_folder", toy / "images", "--prompt", ""]
+        if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            job = subprocess.run(
-                [sys.executable, Path(__file__).with_name("train.py"), "--preset", "toy", "--seed", str(seed),
-                 "--out_dir", folder, *flags[name]],
-                env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-            if job.returncode:
-                raise UserError(f"{folder}: {job.stderr.strip().splitlines()[-1]}")
-        return folder
+            run_all([*train, "--seed", seed, "--out_dir", folder, *labels],
+                    *([measure, name, "--model", folder, "--samples", 250] for name in ("tacs", "gap")),
+                    [measure, "words", "--model", folder, "--samples", 250, "--truth", toy / "truth.json", "--out",
+                     folder / "words.png"],
+                    *([measure, "pope", "--model", folder / f"checkpoints/step_{n}", *pope] for n in (60, 120, 180)))
+            (folder / "done").touch()
+        if kind in KINDS[:3] and not (two / "done").exists():
+            shutil.rmtree(two, ignore_errors=True)
+            text = ["--data", toy / "val_text.json", "--prompt", ""]
+            run_all([*train, "--stage", "finetune", "--seed", seed, "--init", folder, "--out_dir", two, "--keep", 0],
+                    [measure, "pope", "--model", two, *pope],
+                    [measure, "vqa", "--model", two, "--data", toy / "val_qa.json", *pope[2:]],
+                    *([measure, "vqa", "--model", two / f"checkpoints/step_{n}", *text] for n in (60, 120, 180)))
+            (two / "done").touch()
 
     with ThreadPoolExecutor(2) as pool:
-        runs = [(name, seed) for seed in range(seeds) for name in flags]
-        folders = dict(zip(runs, tqdm(pool.map(train, runs), total=len(runs), desc="training runs")))
-    by_name = {name: [folders[name, seed] for seed in range(seeds)] for name in flags}
-    evaluation.compare(by_name, "toy/truth.json", samples=250)
+        runs = [(kind, seed) for seed in range(seeds) for kind in KINDS]
+        list(tqdm(pool.map(train, runs), total=len(runs), desc="runs"))
+    one, two = ({kind: [evaluation.history(out / f"{kind}_{seed}{stage}") for seed in range(seeds)] for kind in kinds}
+                for kinds, stage in ((KINDS, ""), (KINDS[:3], "_finetune")))
+    titles = {"tacs": "TACS (more is better)", "D": "D (less is better)", "D_of_unit_vectors": "D of unit vectors",
+              "true object": "nearest word true, object patches", "true background": "the same, background patches",
+              "caption_loss": "caption loss", "pope f1": "POPE, F1"}
+    evaluation.print_table(one, titles)
+    evaluation.print_table(two, {"pope f1": "POPE, F1", "pope accuracy": "POPE, accuracy", "val_qa open":
+                                 "open questions", "val_qa yes/no": "yes/no questions", "val_text all": "text only"})
+    figures = out / "figures"
+    figures.mkdir(exist_ok=True)
+    main_kinds = {kind: one[kind] for kind in KINDS[:3]}
+    evaluation.draw_curves(main_kinds, {"val_tacs": "TACS", "pope f1": "POPE, F1"}, figures / "pretraining.png")
+    evaluation.draw_curves(two, {"val_text all": "language: text-only questions"}, figures / "language.png")
+    mean = {kind: {title: float(np.mean([seed[name][max(seed[name])] for seed in of])) for name, title in (
+        ("pope f1", "POPE"), ("val_qa open", "open"), ("val_qa yes/no", "yes/no"), ("val_text all", "text only"))}
+        for kind, of in two.items()}
+    evaluation.draw_radar(mean, figures / "radar.png")
+    evaluation.draw_tsne({kind: evaluation.token_groups(str(out / f"{kind}_0")) for kind in KINDS[:2]},
+                         figures / "tsne.png")
+    evaluation.eval_words(str(out / "SEA_0"), str(out / "baseline_0"), samples=2, out=str(figures / "words.png"))
 
 
 def main(argv=None):
-    run_command(__doc__, {"build": build, "compare": compare, "clip": train_clip, "lm": train_lm}, argv)
+    run_command(__doc__, {"build": build, "report": report, "clip": train_clip, "lm": train_lm}, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor
 
 import data
-from data import IGNORE, UserError, chat_messages, encode_conversation, image_processor, load_samples, prepare_tokenizer
+from data import (
+    IGNORE,
+    UserError,
+    chat_messages,
+    encode_conversation,
+    encode_prompt,
+    image_processor,
+    load_samples,
+    prepare_tokenizer,
+)
 
 FAMILIES = ("vicuna", "llama-3", "phi-3", "gemma", "chatml")
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -229,3 +238,16 @@ def test_text_only_and_image_samples_in_one_batch(tokenizers, tmp_path):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id  # and still every end token is seen and trained:
     assert [(row == tokenizer.eos_token_id).sum() for row in batch["labels"]] == [1, 1, 1]
     assert data.collate([dataset[0]], 0)["pixels"].shape[0] == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("image", ["a.png", None])
+def test_a_prompt_is_what_stands_before_the_trained_answer(tokenizers, name, image):
+    """Of the first and of the second answer, image tokens and BOS included."""
+    sample = conversation("Q1?", "A1.", "Q2?", "A2.", image=image, system="Be brief.")
+    ids, labels = encode_conversation(sample, tokenizers[name], 4, chat=True)
+    trained = (labels != IGNORE).nonzero().flatten().tolist()
+    second = next(b for a, b in zip(trained, trained[1:]) if b > a + 1)
+    for turns, start in ((2, trained[0]), (4, second)):
+        messages = chat_messages(sample | {"conversations": sample["conversations"][:turns]})
+        assert encode_prompt(messages, tokenizers[name], 4).tolist() == ids[:start].tolist()

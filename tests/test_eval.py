@@ -1,14 +1,18 @@
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 from PIL import Image
 
 import eval as evaluation
 import train
 from data import UserError
-from eval import modality_gap, nearest_word, tacs
+from eval import chosen, modality_gap, nearest_word, normalize, pope_metrics, says_yes, tacs
+from model import SEAModel
 
 
 def cosine(a, b):
@@ -97,3 +101,197 @@ def test_on_a_run_of_stage_2(finetune_flags, world, tmp_path):
     with pytest.raises(UserError, match="give --words"):
         evaluation.main(["gap", *run])
     assert evaluation.main(["gap", *run, "--words", str(world / "words.txt")])["D"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("text, yes", [
+    ("Yes", True), ("yes, there is a dog.", True), ("No", False), ("no.", False), ("No, there is none.", False),
+    ("There is not a dog in the image.", False), ("There is a dog. It is not brown.", True), ("", True),
+    ("A notable north wall", True), ("I do not see one", False)])
+def test_reading_yes_and_no_as_llava_does(text, yes):
+    assert says_yes(text) == yes
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_pope_metrics_are_those_of_scikit_learn(share):
+    rng = np.random.default_rng(0)
+    for n in (1, 7, 200):
+        said, true = (rng.random(n) < share).tolist(), (rng.random(n) < 0.5).tolist()
+        precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
+            true, said, average="binary", zero_division=0)
+        expected = dict(accuracy=sklearn.metrics.accuracy_score(true, said), precision=precision, recall=recall, f1=f1,
+                        yes_ratio=np.mean(said))
+        assert pope_metrics(said, true) == pytest.approx(expected)
+
+
+def test_pope_metrics_by_hand():
+    said, true = [True, True, True, False, False], [True, False, True, True, False]
+    assert pope_metrics(said, true) == pytest.approx(dict(accuracy=3 / 5, precision=2 / 3, recall=2 / 3, f1=2 / 3,
+                                                          yes_ratio=3 / 5))
+
+
+@pytest.mark.parametrize("text, same", [("The Red.", "red"), ("a  red, door", "red door"), ("Theatre", "theatre"),
+                                        ("An apple!", "apple"), ("two-tone", "two tone")])
+def test_answers_are_compared_without_case_punctuation_and_articles(text, same):
+    assert normalize(text) == same
+
+
+@pytest.mark.parametrize("text, index", [
+    ("B", 1), ("B.", 1), ("(B)", 1), ("B. a cat", 1), ("B: cat", 1), ("A cat", 0), ("a cat", 1), ("Cat.", 1),
+    ("C", None), ("Best", None), ("Bird", 0), ("A's", None), ("", None), ("dog", None)])
+def test_the_choice_that_an_answer_names(text, index):
+    assert chosen(text, ["bird", "a cat"]) == index
+
+
+@pytest.fixture(scope="module")
+def finetuned(finetune_flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finetuned") / "out"
+    train.main([*finetune_flags, "--out_dir", str(out), "--save_every", "3"])
+    return out
+
+
+def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned):
+    last, early, exported = (SEAModel.from_run(finetuned / name).state_dict()
+                             for name in ("checkpoints/step_6", "checkpoints/step_3", "model"))
+    moved = 0
+    for name, w in last.items():
+        other = exported[name][:len(w)]  # the exported embeddings have rows for <image>
+        if name != "log_scale":
+            assert torch.allclose(w, other, atol=1e-6), name
+        moved += not torch.equal(w, early[name])
+    assert moved > 20
+
+
+def test_batches_answer_as_one_by_one(finetuned, world):
+    """Prompts of very different lengths, with image and without, padded on the left."""
+    model = SEAModel.from_run(finetuned)
+    texts = ["red?", "which " * 20, "the", "dark striped wall? " * 5, "sky", "a tall red ocean beside the door?"]
+    samples = [evaluation.ask(f"<image>\n{text}" if i % 3 else text, f"{i}.png" if i % 3 else None)
+               for i, text in enumerate(texts)]
+    one = evaluation.answer(model, samples, world / "images", batch_size=1, max_new_tokens=12)
+    assert len(set(one)) > 2 and max(map(len, one)) > 5
+    for size in (2, 6):
+        assert evaluation.answer(model, samples, world / "images", batch_size=size, max_new_tokens=12) == one
+    again = evaluation.answer(model, samples[::-1], world / "images", batch_size=4, max_new_tokens=12)
+    assert again[::-1] == one
+
+
+def test_pope_reads_its_three_files(finetuned, world, tmp_path, capsys):
+    (tmp_path / "pope").mkdir()
+    rng, rows = np.random.default_rng(0), {}
+    for name in ("random", "popular", "adversarial"):
+        rows[name] = [dict(question_id=i, image=f"{i}.png", text=f"Is there a {name} door in the image?",
+                           label=["yes", "no"][rng.integers(2)]) for i in range(5)]
+        (tmp_path / f"pope/coco_pope_{name}.json").write_text("".join(json.dumps(r) + "\n" for r in rows[name]))
+    flags = ["--model", f"{finetuned}/checkpoints/step_3", "--image_folder", f"{world}/images", "--batch_size", "2"]
+    result = evaluation.main(["pope", *flags, "--data", f"{tmp_path}/pope"])["pope"]
+    model, f1 = SEAModel.from_run(finetuned / "checkpoints/step_3"), []
+    for name in rows:
+        asked = [evaluation.ask(f"{row['text']}\n{evaluation.SHORT}", row["image"]) for row in rows[name]]
+        said = evaluation.answer(model, asked, world / "images", 1)
+        true = [row["label"] == "yes" for row in rows[name]]
+        yes = [not any(w in s.lower().split(".")[0].replace(",", "").split() for w in ("no", "not")) for s in said]
+        f1.append(sklearn.metrics.f1_score(true, yes, zero_division=0))
+        assert result[f"coco_pope_{name}"]["f1"] == pytest.approx(f1[-1])
+    assert result["f1"] == pytest.approx(np.mean(f1))
+    one = evaluation.main(["pope", *flags, "--data", f"{tmp_path}/pope/coco_pope_random.json"])["pope"]
+    assert one["coco_pope_random"] == result["coco_pope_random"]
+    written = [json.loads(line) for line in (finetuned / "eval.jsonl").read_text().splitlines()]
+    assert written[-2] == {"step": 3, "pope": result}
+    lines = (tmp_path / "pope/coco_pope_popular.json").read_text().replace('"no"', '"maybe"', 1)
+    (tmp_path / "pope/coco_pope_popular.json").write_text(lines)
+    number = 1 + next(i for i, line in enumerate(lines.splitlines()) if "maybe" in line)
+    with pytest.raises(UserError, match=f"coco_pope_popular.json, line {number}: no question of POPE"):
+        evaluation.main(["pope", *flags, "--data", f"{tmp_path}/pope"])
+    with pytest.raises(UserError, match="no .json file in this folder"):
+        evaluation.main(["pope", *flags, "--data", str(world / "images")])
+    with pytest.raises(UserError, match="none.json: cannot be read"):
+        evaluation.main(["pope", *flags, "--data", "none.json"])
+
+
+def test_vqa_scores_each_kind_of_question(finetuned, world, tmp_path):
+    def sample(question, answer, **more):
+        return {"id": question, "conversations": [{"from": "human", "value": question},
+                                                  {"from": "gpt", "value": answer}]} | more
+
+    model = SEAModel.from_run(finetuned)
+    texts = [f"<image>\n{q}?\n{evaluation.SHORT}" for q in ("red", "blue")]
+    said = evaluation.answer(model, [evaluation.ask(text, "1.png") for text in texts], world / "images")
+    rows = [sample("<image>\nred?", said[0], image="1.png"), sample("<image>\nblue?", "no", image="1.png"),
+            sample("<image>\nwhich?", "wall", image="2.png", choices=["door", "wall"]), sample("text?", "zebra")]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    flags = ["--model", str(finetuned), "--image_folder", f"{world}/images", "--data", f"{tmp_path}/q.json"]
+    result = evaluation.main(["vqa", *flags, "--out", f"{tmp_path}/said.jsonl"])["q"]
+    log = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in log[:2]] == said
+    assert log[0]["right"] and not log[3]["right"] and log[1]["right"] == (normalize(said[1]) == "no")
+    assert log[2]["question"] == f"<image>\nwhich?\nA. door\nB. wall\n{evaluation.LETTER}"
+    assert result == {"open": 0.5, "yes/no": float(log[1]["right"]), "choice": float(log[2]["right"]),
+                      "all": sum(line["right"] for line in log) / 4}
+    rows[2]["conversations"][1]["value"] = "cat"
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="the answer 'cat' is none of its choices"):
+        evaluation.main(["vqa", *flags])
+
+
+def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeypatch, capsys):
+    lines = iter(["red?", "the wall?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    turns = evaluation.main(["chat", "--model", str(finetuned), "--image", f"{world}/images/3.png",
+                             "--max_new_tokens", "9"])
+    model = SEAModel.from_run(finetuned)
+    for n in (1, 3):
+        asked = [{"from": "human", "value": f"<image>\n{turns[0]['value']}"}, *turns[1:n]]
+        [said] = evaluation.answer(model, [{"image": "3.png", "conversations": asked}], world / "images", 1, 9)
+        assert turns[n]["value"] == said and said in capsys.readouterr().out or n == 3
+    assert [turn["value"] for turn in turns[::2]] == ["red?", "the wall?"]
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+def test_a_history_joins_what_runs_and_tools_wrote(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val_tacs": 0.1}\n{"step": 2, "val_tacs": 0.2}\n')
+    (tmp_path / "eval.jsonl").write_text('{"step": 1, "pope": {"f1": 0.5, "coco": {"f1": 0.4}}}\n'
+                                         '{"step": 1, "pope": {"f1": 0.6}}\n{"step": 2, "qa": {"all": 1}}\n')
+    for folder, name, results in (
+            ("lmms/x__model", "20261124_081430_results.json",
+             {"pope": {"alias": "pope", "pope_accuracy,none": 0.7, "pope_accuracy_stderr,none": "N/A",
+                       "pope_f1_score,none": 0.75, "pope_f1_score_stderr_clt,none": 0.0}}),
+            ("lm/x__step_1", "results_2026-11-24T00-15-22.398486.json",
+             {"mmlu": {"alias": "mmlu", "sample_len": 20, "acc,none": 0.35, "acc_stderr,none": 0.1}})):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_text(json.dumps({"results": results}))
+    found = evaluation.history(tmp_path)
+    assert found["val_tacs"] == {1: 0.1, 2: 0.2} and found["pope f1"] == {1: 0.6} and found["pope coco f1"] == {1: 0.4}
+    assert found["pope all"] == {2: 0.75} and found["mmlu all"] == {1: 0.35} and found["qa all"] == {2: 1}
+
+
+def test_the_table_is_the_mean_and_the_range_of_the_last_values(capsys):
+    seeds = [{"pope f1": {1: 9.0, 2: value}} for value in (0.25, 0.5, 0.75)]
+    evaluation.print_table({"a": seeds, "b": [{"other": {1: 1.0}}]}, {"pope f1": "POPE"})
+    assert capsys.readouterr().out.splitlines()[-1] == "| POPE | 0.500 (0.250 to 0.750) |  |"
+
+
+def test_figures_are_drawn_from_what_runs_left(run, finetuned, world, tmp_path, capsys):
+    for step in (3, 6):
+        for name in ("a", "b", "c"):
+            (tmp_path / f"{name}.json").write_text((world / "train.json").read_text())
+            data = ["--data", f"{tmp_path}/{name}.json", "--image_folder", f"{world}/images"]
+            evaluation.main(["vqa", "--model", f"{run}/checkpoints/step_{step}", *data, "--max_new_tokens", "2"])
+    evaluation.main(["figures", "--model", str(run), "--baseline", f"{run}/model", "--out", f"{tmp_path}/f",
+                     "--samples", "4"])
+    for name in ("tsne", "curves", "radar"):
+        pixels = np.asarray(Image.open(tmp_path / f"f/{name}.png").convert("L"))
+        assert (pixels < 200).mean() > 0.003, name  # something is drawn
+    assert "no radar.png" not in capsys.readouterr().out
+    shutil.copytree(run / "model", tmp_path / "alone")
+    with pytest.raises(UserError, match="must be training runs"):
+        evaluation.main(["figures", "--model", str(run), "--baseline", f"{tmp_path}/alone"])
+
+
+def test_a_missing_package_is_asked_for_by_name():
+    with pytest.raises(UserError, match="figures need no_such_package: pip install"):
+        evaluation.need("no_such_package.part")

@@ -159,6 +159,10 @@ def assert_same(model, folder, parts, exact=1e-4):
         answer = model.generate(ids, torch.ones_like(ids), pixels, max_new_tokens=12)[0]
         said = llava.generate(**inputs, max_new_tokens=12, do_sample=False)[0, n:]
     assert said.tolist() == answer.tolist()
+    asked = [evaluation.ask(f"<image>\n{text}" if i else text, f"{i}.png" if i else None)
+             for i, text in enumerate(("Name a color.", "Which?", "Which color is it, and is it as red as a wall?"))]
+    answers = [evaluation.answer(model, asked, parts / "images", size, 8) for size in (1, 3)]
+    assert answers[0] == answers[1] and len(set(answers[0])) > 1
     return llava
 
 
