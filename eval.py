@@ -434,7 +434,7 @@ def draw_tsne(tokens, path, most=1000):
         for name, color, size in zip(tokens[kind], ("tab:orange", "gold", "tab:blue"), (5, 14, 14)):
             axes.scatter(*places[kind, name].T, s=size, c=color, label=name, linewidths=0)
         axes.set(title=kind, xticks=[], yticks=[])
-    axes.legend(loc="upper right", markerscale=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2, frameon=False)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
@@ -469,8 +469,8 @@ def figures(model: str, baseline: str, out: str = "figures", data: str = "", ima
                 and len(runs["baseline"][0].get(name, ())) > 1}
     if measures:
         draw_curves(runs, measures, f"{out}/curves.png")
-    scores = {kind: {name: values[max(values)] for name, values in of[0].items() if is_score(name)}
-              for kind, of in runs.items()}
+    scores = {kind: {name: values[max(values)] for name, values in of[0].items()
+                     if is_score(name) and name != "val_tacs"} for kind, of in runs.items()}
     if len(set.intersection(*map(set, scores.values()))) > 2:
         draw_radar(scores, f"{out}/radar.png")
     else:

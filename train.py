@@ -513,7 +513,7 @@ def main(argv=None):
         print(f"Look at what the visual tokens say, and measure them:\n    python eval.py words --model {out_dir}\n"
               f"    python eval.py tacs --model {out_dir}\n    python eval.py gap --model {out_dir}")
         if cfg.preset == "toy":
-            print("Baseline against SEA, over three seeds, and stage 2:\n    python toy.py compare\n"
+            print("Baseline against SEA, over three seeds, and stage 2:\n    python toy.py report\n"
                   f"    python train.py --stage finetune --preset toy --init {out_dir}")
     barrier()
 

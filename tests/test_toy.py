@@ -90,7 +90,7 @@ def test_the_preset_labels_the_toy_and_trains_on_it(small, monkeypatch, tmp_path
     monkeypatch.chdir(small.parent)
     train.main(["--preset", "toy", "--max_steps", "3", "--out_dir", str(tmp_path / "run")])
     assert len(labels.LabelStore("toy/labels")) == 40
-    assert "python toy.py compare" in capsys.readouterr().out
+    assert "python toy.py report" in capsys.readouterr().out
     labels.main(["show", "--labels", "toy/labels", "--truth", "toy/truth.json", "--out", str(tmp_path / "l.png")])
     shares = re.findall(r"(\w+, sign [+-]1|labels): object (\S+), background (\S+), all (\S+)", capsys.readouterr().out)
     assert [name for name, *_ in shares] == ["labels", *(f"{path}, sign {sign}" for path in ("value", "last", "vv")
