@@ -432,7 +432,8 @@ def draw_tsne(tokens, path, most=1000):
     figure = figures.Figure(figsize=(5 * len(tokens), 4.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(tokens), squeeze=False)[0], tokens):
         for name, color, size in zip(tokens[kind], ("tab:orange", "gold", "tab:blue"), (5, 14, 14)):
-            axes.scatter(*places[kind, name].T, s=size, c=color, label=name, linewidths=0)
+            axes.scatter(*places[kind, name].T, s=size, c=color, label=name, linewidths=0,
+                         zorder=2 + (name == "text tokens"))  # which are among the embeddings, in the same places
         axes.set(title=kind, xticks=[], yticks=[])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2, frameon=False)
     figure.savefig(path, dpi=150)
