@@ -6,6 +6,7 @@
     python eval.py pope    --model out/finetune --data pope/ --image_folder val2014
     python eval.py vqa     --model out/finetune --data questions.json --image_folder images
     python eval.py chat    --model out/finetune --image photo.jpg
+    python eval.py export  --model out/finetune/checkpoints/step_1000 --out step_1000       a Hugging Face Llava folder
     python eval.py figures --model out/toy --baseline out/toy_baseline       Figures 2, 3 and 5 of what runs have left
 
 --model takes a training run's --out_dir, its model/, one of its checkpoints, or any Hugging Face Llava model. Data,
@@ -321,6 +322,16 @@ def eval_vqa(model: str, data: str, image_folder: str = "", batch_size: int = 16
     return record(model, {Path(data).stem: {kind: sum(right) / len(right) for kind, right in sorted(kinds.items())}})
 
 
+def export(model: str, out: str):
+    """A model, such as a checkpoint of stage 2, as a Hugging Face Llava folder, for tools that read no checkpoints."""
+    sea = load_model(model)
+    if reason := sea.no_llava():
+        raise UserError(f"{model}: transformers' Llava cannot hold this LLM ({reason})")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    sea.save_llava(Path(out), sea.full_state(), sea.embed_tokens.weight.dtype)
+    print(f"wrote {out}")
+
+
 def chat(model: str, image: str = "", max_new_tokens: int = 512):
     """Ask about an image, or about nothing: each line is a question, an empty line or Ctrl-D ends it."""
     from transformers import TextStreamer
@@ -410,7 +421,8 @@ def draw_radar(scores, path):
     axes.set_ylim(max(0.0, 2 * low - 1 - 0.02), 1.02)  # or small differences would not be seen
     axes.set_xticks(angles, [f"{name}\n" + " / ".join(f"{values[name]:.3g}" for values in scores.values())
                              for name in names])
-    axes.tick_params(pad=14)
+    for label, angle in zip(axes.get_xticklabels(), angles):  # away from the circle
+        label.set(ha="left" if math.cos(angle) > 0.1 else "right" if math.cos(angle) < -0.1 else "center")
     axes.set_yticklabels([])
     figure.legend(*axes.get_legend_handles_labels(), loc="lower left", frameon=False)
     figure.savefig(path, dpi=150)
@@ -494,7 +506,7 @@ def print_table(runs, measures):
 
 def main(argv=None):
     return run_command(__doc__, {"tacs": eval_tacs, "gap": eval_gap, "words": eval_words, "pope": eval_pope,
-                                 "vqa": eval_vqa, "chat": chat, "figures": figures}, argv)
+                                 "vqa": eval_vqa, "chat": chat, "export": export, "figures": figures}, argv)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,9 @@ class SEAModel(nn.Module):
     @classmethod
     def _from_finetune(cls, folder, dtype):
         """Of a checkpoint of stage 2: the model that its run started from, with the weights trained since."""
-        model = cls.from_run(json.loads((folder / "state.json").read_text())["config"]["init"], dtype)
+        config = json.loads((folder / "state.json").read_text())["config"]
+        model = cls.from_run(config["init"], dtype)
+        model.geometry["mode"] = config["image_mode"] or model.geometry["mode"]
         own, saved = dict(model.named_parameters()), dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         state = {"model": {name: p.detach() for name, p in own.items() if f"model.{name}" in saved}}
         try:

@@ -152,9 +152,14 @@ def finetuned(finetune_flags, tmp_path_factory):
     return out
 
 
-def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned):
-    last, early, exported = (SEAModel.from_run(finetuned / name).state_dict()
-                             for name in ("checkpoints/step_6", "checkpoints/step_3", "model"))
+def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned, tmp_path):
+    evaluation.main(["export", "--model", f"{finetuned}/checkpoints/step_3", "--out", f"{tmp_path}/llava"])
+    models = [SEAModel.from_run(path) for path in (finetuned / "checkpoints/step_6", finetuned / "checkpoints/step_3",
+                                                   finetuned / "model", tmp_path / "llava")]
+    assert [model.geometry["mode"] for model in models] == ["pad"] * 4
+    last, early, exported, early_exported = (model.state_dict() for model in models)
+    for name, w in early_exported.items():
+        assert name == "log_scale" or torch.allclose(w[:len(early[name])], early[name], atol=1e-6), name
     moved = 0
     for name, w in last.items():
         other = exported[name][:len(w)]  # the exported embeddings have rows for <image>
