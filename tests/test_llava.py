@@ -163,7 +163,7 @@ def assert_same(model, folder, parts, exact=1e-4):
 
 
 @pytest.mark.parametrize("llm, tower", COMBINATIONS)
-def test_both_stages_and_a_folder_that_transformers_loads(parts, llm, tower, trained, tmp_path):
+def test_both_stages_and_a_folder_that_transformers_loads(parts, llm, tower, trained, tmp_path, monkeypatch):
     train.main([*pretrain_flags(parts, llm, tower, tmp_path / "one"), "--export"])
     train.main(finetune_flags(parts, tmp_path / "one", tmp_path / "two"))
     (first, _), (second, _) = trained
@@ -176,10 +176,14 @@ def test_both_stages_and_a_folder_that_transformers_loads(parts, llm, tower, tra
         assert_same(model, tmp_path / out / "model", parts)
     asked = [evaluation.ask(f"<image>\n{text}" if i else text, f"{i}.png" if i else None)
              for i, text in enumerate(("Name a color.", "Which?", "Which color is it, and is it as red as a wall?"))]
-    answers = [evaluation.answer(second, asked, parts / "images", size, 6) for size in (1, 3)]
-    assert answers[0] == answers[1]
-    # ids beyond a small stand-in tokenizer's vocabulary are no text; Gemma itself is in test_real.py
-    assert len(set(answers[0])) > 1 or llm in ("gemma", "qwen3")
+    said, generate = [], second.generate  # ids, for those beyond a small stand-in tokenizer's vocabulary are no text
+    monkeypatch.setattr(second, "generate", lambda *args, **kwargs: said.append(generate(*args, **kwargs)) or said[-1])
+    one, together = (evaluation.answer(second, asked, parts / "images", size, 6) for size in (1, 3))
+    assert one == together
+    pad, said = second.tokenizer.pad_token_id, [row.tolist() for batch in said for row in batch]
+    one, together = ([[i for i in row if i != pad] for row in rows] for rows in (said[:3], said[3:]))
+    assert one == together  # an untrained Gemma, whose √D drowns the rest, repeats its last token; see test_real.py
+    assert len({tuple(row) for row in one}) > 1 or llm == "gemma"
     config = json.loads((tmp_path / "two/model/config.json").read_text())
     assert config["vision_feature_layer"] == -2 and config["image_seq_length"] == first.image_tokens
     names = [line["loss_g"] for line in map(json.loads, (tmp_path / "two/metrics.jsonl").open())]

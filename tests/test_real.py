@@ -180,6 +180,10 @@ def test_stage_2_from_the_exported_folder_to_an_answer(real, stage_1, trained):
     assert not any(torch.equal(w, before[name]) for name, w in second.llm.named_parameters() if name in before
                    and w.shape == before[name].shape)
     same_answers(second, real / "two/model", real / "photos/coffee.png")
+    asked = [evaluation.ask("<image>\nWhat is in the picture?", "coffee.png"), evaluation.ask("Name a color.", None),
+             evaluation.ask("<image>\nWhich animal is this, and of what color are its eyes?", "chelsea.png")]
+    one, together = (evaluation.answer(second, asked, real / "photos", size, 12) for size in (1, 3))
+    assert one == together and len(set(one)) == 3
     run = ["--model", f"{real}/two/model", "--samples", "2", "--data", f"{real}/train.json", "--image_folder",
            f"{real}/photos"]
     words = ["--words", f"{real}/words.txt"]
