@@ -327,6 +327,7 @@ def train_lm(folder: Path, seed: int, steps: int, batch: int = 24) -> None:
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         initializer_range=.025, max_position_embeddings=256, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=.1)      # far apart, as the words of large LMs
     for attention in (layer.self_attn for layer in model.model.layers):
         # "mimetic": a token attends to its like and passes on what it finds; it saves thousands of steps
         torch.nn.init.normal_(attention.q_proj.weight, std=128**-.5)
