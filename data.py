@@ -361,12 +361,12 @@ def _start(tokenizer):
     return [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]  # for those that want one
 
 
-def encode_prompt(messages, tokenizer, image_tokens):
+def encode_prompt(sample, tokenizer, image_tokens):
     """A chat whose last turn is the user's -> ids [L] that the model is to continue with its answer, as it was trained
-    by encode_conversation. messages: of chat_messages."""
-    ids = tokenizer.apply_chat_template(messages, return_dict=True, add_generation_prompt=True)["input_ids"]
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    return torch.tensor(_start(tokenizer) + [i for t in ids for i in ([t] * image_tokens if t == image else [t])])
+    by encode_conversation."""
+    chat = tokenizer.apply_chat_template(chat_messages(sample), return_dict=True, add_generation_prompt=True)
+    ids, image = _start(tokenizer) + chat["input_ids"], tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return torch.tensor([i for t in ids for i in ([t] * image_tokens if t == image else [t])])
 
 
 def word_tokens(words, tokenizer):
@@ -390,7 +390,8 @@ def word_tokens(words, tokenizer):
 
 class LlavaDataset(Dataset):
     """Samples -> tensors. labels: a LabelStore of the same samples (row i is sample i), or None without SEA. chat: as
-    of encode_conversation. An item without image, or whose image fell to max_length, has no "pixels"."""
+    of encode_conversation, or "prompt": of encode_prompt, without targets. An item without image, or whose image fell
+    to max_length, has no "pixels"."""
 
     def __init__(self, samples, image_folder, geometry, tokenizer, image_tokens, max_length=2048, labels=None,
                  chat=False):
@@ -405,7 +406,11 @@ class LlavaDataset(Dataset):
 
     def __getitem__(self, i):
         sample = self.samples[i]
-        ids, targets = encode_conversation(sample, self.tokenizer, self.image_tokens, self.max_length, self.chat)
+        if self.chat == "prompt":
+            ids = encode_prompt(sample, self.tokenizer, self.image_tokens)
+            targets = torch.full_like(ids, IGNORE)
+        else:
+            ids, targets = encode_conversation(sample, self.tokenizer, self.image_tokens, self.max_length, self.chat)
         item = dict(index=i, input_ids=ids, labels=targets)
         if (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).any():
             path = self.image_folder / image_of(sample)
@@ -419,10 +424,10 @@ class LlavaDataset(Dataset):
         return item
 
 
-def collate(items, pad_id):
-    """-> index (list of B), input_ids, labels, attention_mask [B, L] (padded right), pixels [images, 3, S, S] and,
+def collate(items, pad_id, side="right"):
+    """-> index (list of B), input_ids, labels, attention_mask [B, L] (padded at `side`), pixels [images, 3, S, S] and,
     with SEA, label_ids and label_scores [B, m, n]. The mask comes from lengths: pad and EOS may be the same token."""
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
     ids = [item["input_ids"] for item in items]
     images = [item["pixels"] for item in items if "pixels" in item]
     batch = dict(index=[item["index"] for item in items], input_ids=pad(ids, padding_value=pad_id),

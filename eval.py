@@ -10,10 +10,11 @@
     python eval.py figures --model out/toy --baseline out/toy_baseline       Figures 2, 3 and 5 of what runs have left
 
 --model takes a training run's --out_dir, its model/, one of its checkpoints, or any Hugging Face Llava model. Data,
-images and words are those the run's config.json names for validation, unless flags say otherwise. pope and vqa add
-their result to the run's eval.jsonl, from which `figures` draws. Dimensions as in loss.py.
+images and words are those of the run's config.json, held-out ones if it has any, unless flags say otherwise. Results
+are added to the run's eval.jsonl, from which `figures` draws. Dimensions as in loss.py.
 """
 
+import collections
 import contextlib
 import functools
 import json
@@ -23,23 +24,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import (
-    IGNORE,
-    LlavaDataset,
-    UserError,
-    chat_messages,
-    cli,
-    encode_prompt,
-    geometry,
-    image_of,
-    load_samples,
-    read_image,
-    run_command,
-)
-from labels import draw_words, read_words, true_share
+from data import IGNORE, LlavaDataset, UserError, cli, collate, load_samples, run_command
+from labels import draw_words, nearest_words, read_words, true_share
 from model import SEAModel, find_model
 
 # --------------------------------------------------------------------------------------------------- measures
@@ -55,13 +44,13 @@ def tacs(x_v, x_t, k=10):
 
 def modality_gap(x_v, words):
     """D (Eq. 5): the mean distance of visual tokens to their nearest word. x_v [P, D], words [q, D] -> scalar."""
-    return torch.cat([torch.cdist(x, words.float()).amin(1) for x in x_v.float().split(1024)]).mean()
+    return torch.cat([torch.stack([torch.cdist(x, w.float()).amin(1) for w in words.split(65536)]).amin(0)
+                      for x in x_v.float().split(1024)]).mean()
 
 
 def nearest_word(x_v, words):
     """The word of highest cosine with each visual token (Eq. 4). x_v [P, D], words [q, D] -> ids [P]."""
-    words = F.normalize(words.float(), dim=-1)
-    return torch.cat([(F.normalize(x, dim=-1) @ words.T).argmax(1) for x in x_v.float().split(1024)])
+    return nearest_words(F.normalize(x_v.float(), dim=-1), F.normalize(words.float(), dim=-1), 1, 1, -2.0)[0][:, 0]
 
 
 @torch.no_grad()
@@ -90,21 +79,18 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 
 @torch.no_grad()
-def answer(model, samples, image_folder, batch_size=16, max_new_tokens=16, desc="answering"):
-    """Greedy answers (strings) to samples, LLaVA's dicts whose last turn is a human's; image may be missing."""
+def answer(model, samples, image_folder, batch_size=16, max_new_tokens=16, workers=0, desc="answering", **kwargs):
+    """Greedy answers (strings) to samples, LLaVA's dicts whose last turn is a human's; image may be missing. kwargs: of
+    transformers' generate."""
     tokenizer, device, said = model.tokenizer, model.embed_tokens.weight.device, []
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    with tqdm(total=len(samples), desc=desc, unit=" answers") as bar:
-        for start in range(0, len(samples), batch_size):
-            part = samples[start:start + batch_size]
-            ids = [encode_prompt(chat_messages(s), tokenizer, model.image_tokens) for s in part]
-            images = [read_image(Path(image_folder) / image_of(s))[0] for s in part if image_of(s)]
-            pixels = torch.stack([geometry(i, **model.geometry) for i in images]) if images else torch.zeros(0, 3, 0, 0)
-            out = model.generate(pad(ids, padding_value=tokenizer.pad_token_id).to(device),
-                                 pad([torch.ones_like(x) for x in ids]).to(device), pixels.to(device),
-                                 max_new_tokens=max_new_tokens)
-            said += [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
-            bar.update(len(part))
+    dataset = LlavaDataset(samples, image_folder, model.geometry, tokenizer, model.image_tokens, chat="prompt")
+    padded = functools.partial(collate, pad_id=tokenizer.pad_token_id, side="left")
+    with tqdm(total=len(samples), desc=desc, unit=" answers", disable=len(samples) == 1) as bar:
+        for batch in DataLoader(dataset, batch_size, collate_fn=padded, num_workers=workers):
+            ids, mask, pixels = (batch[k].to(device) for k in ("input_ids", "attention_mask", "pixels"))
+            new = model.generate(ids, mask, pixels, max_new_tokens=max_new_tokens, **kwargs)
+            said += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+            bar.update(len(ids))
     return said
 
 
@@ -132,11 +118,12 @@ def normalize(text):
 
 
 def chosen(text, choices):
-    """The index of the choice that an answer names by its letter ("B", "(B)", "B. a cat") or its text, else None."""
-    letter = re.match(r"\(?([A-Z])(?![\w'])", text.strip())
-    if letter and ord(letter[1]) - ord("A") < len(choices):
-        return ord(letter[1]) - ord("A")
-    return next((i for i, choice in enumerate(choices) if normalize(choice) == normalize(text)), None)
+    """The index of the choice that an answer names by its text or its letter ("B", "(B)", "B. a cat"), else None."""
+    texts = [normalize(str(choice)) for choice in choices]
+    if normalize(text) in texts:
+        return texts.index(normalize(text))
+    letter = re.match(r"\(?([A-Z])([).:]|$)", text.strip())
+    return ord(letter[1]) - ord("A") if letter and ord(letter[1]) - ord("A") < len(choices) else None
 
 
 # ------------------------------------------------------------------------------------------------------ a run
@@ -166,8 +153,9 @@ def load_run(model, data, image_folder, samples):
     """-> SEAModel, LlavaDataset of the first `samples` samples, config of the run."""
     config = run_config(model)
     if config.get("stage") == "pretrain":  # stage 2's data are no captions
-        data = data or config["val_data"]
-        image_folder = image_folder or config["val_image_folder"] or config["image_folder"]
+        held_out = config["val_data"] and config["val_image_folder"]
+        data, image_folder = data or config["val_data"] or config["data"], (
+            image_folder or held_out or config["image_folder"])
     if not data or not image_folder:
         raise UserError(f"{model}: its run named no captions to look at; give --data and --image_folder")
     model, rows = load_model(model), load_samples(data)
@@ -198,15 +186,16 @@ def record(model, result):
     """Print a result and, if `model` belongs to a run, add it to that run's eval.jsonl, with its step."""
     print(json.dumps(result))
     if folder := run_folder(model):
-        step = _step(find_model(model)) or _lines(folder / "metrics.jsonl")[-1]["step"]
+        step = _step(Path(find_model(model)).name)
+        step = step or max((line["step"] for line in _lines(folder / "metrics.jsonl")), default=0)
         with open(folder / "eval.jsonl", "a") as f:
             f.write(json.dumps(dict(step=step) | result) + "\n")
     return result
 
 
 def _step(path):
-    step = re.search(r"step_(\d+)", str(path))
-    return int(step[1]) if step else None
+    steps = re.findall(r"step_(\d+)", path)
+    return int(steps[-1]) if steps else None
 
 
 def _lines(path):
@@ -245,9 +234,8 @@ def eval_words(model: str, baseline: str = "", words: str = "", truth: str = "",
         x_v, (word_list, w) = visual_tokens(sea, dataset), word_matrix(sea, words, config)
         nearest = nearest_word(x_v.flatten(0, 1), w).view(len(x_v), -1).tolist()
         nearest = {s["image"]: [word_list[i] for i in row] for s, row in zip(dataset.samples, nearest)}
-        flat = [word for row in nearest.values() for word in row]
-        top = sorted(set(flat), key=lambda word: (-flat.count(word), word))[:8]
-        results[name] = {"words": {word: round(flat.count(word) / len(flat), 3) for word in top}}
+        counts = collections.Counter(word for row in nearest.values() for word in row)
+        results[name] = {"words": {w: round(c / counts.total(), 3) for w, c in counts.most_common(8)}}
         if truth:
             results[name]["true"] = true_share(truth, nearest)
         print(name, end=" ")
@@ -260,7 +248,7 @@ def eval_words(model: str, baseline: str = "", words: str = "", truth: str = "",
     return results
 
 
-def eval_pope(model: str, data: str, image_folder: str, batch_size: int = 16, prompt: str = SHORT):
+def eval_pope(model: str, data: str, image_folder: str, batch_size: int = 16, workers: int = 4, prompt: str = SHORT):
     """POPE: does the model see objects that are not there? data: one of its files (a JSON object on each line: image,
     text, label) or a folder of them (coco_pope_random.json, ...); the mean F1 is what LLaVA and the paper report."""
     files = sorted(Path(data).glob("*.json*")) if Path(data).is_dir() else [Path(data)]
@@ -270,7 +258,7 @@ def eval_pope(model: str, data: str, image_folder: str, batch_size: int = 16, pr
     sea, result = load_model(model), {}
     for name, rows in questions.items():
         asked = [ask(f"{row['text']}\n{prompt}".strip(), row["image"]) for row in rows]
-        said = answer(sea, asked, image_folder, batch_size, desc=name)
+        said = answer(sea, asked, image_folder, batch_size, workers=workers, desc=name)
         result[name] = pope_metrics([says_yes(text) for text in said], [row["yes"] for row in rows])
     mean = {k: sum(r[k] for r in result.values()) / len(result) for k in next(iter(result.values()))}
     return record(model, {"pope": mean | result})
@@ -287,39 +275,42 @@ def _pope_lines(path):
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f'{path}, line {len(rows) + 1}: no question of POPE, which is an object with "image", "text" '
                         f'and "label", yes or no ({e!r})') from e
+    if not rows:
+        raise UserError(f"{path}: no questions in this file")
     return rows
 
 
-def eval_vqa(model: str, data: str, image_folder: str = "", batch_size: int = 16, prompt: str = SHORT,
-             max_new_tokens: int = 16, out: str = ""):
+def eval_vqa(model: str, data: str, image_folder: str = "", batch_size: int = 16, workers: int = 4,
+             prompt: str = SHORT, max_new_tokens: int = 16, name: str = "", out: str = ""):
     """Exact match: the share of samples (LLaVA's format) whose first question gets the answer that is written there.
-    A sample with "choices", a list, is asked with their letters; its answer is one of them. out: a file for what was
-    said. A text-only file measures language alone."""
-    rows = load_samples(data, captions=False)
-    rows = [rows[i] for i in range(len(rows))]
-    asked, true = [], []
+    A sample with "choices", a list, is asked with their letters; its answer is one of them. A text-only file measures
+    language alone. name: of the result, data's if left out; out: a file for what was said."""
+    rows, asked, kinds, log = list(load_samples(data, captions=False)), [], {}, []
     for row in rows:
         at = next(i for i, turn in enumerate(row["conversations"]) if turn["from"] == "human")
-        question, choices = row["conversations"][at], row.get("choices")
-        true.append(row["conversations"][at + 1]["value"])
-        if choices and chosen(true[-1], choices) is None:
-            raise UserError(f"{data}, sample {row.get('id')}: the answer {true[-1]!r} is none of its choices {choices}")
+        (question, true), choices = row["conversations"][at:at + 2], row.get("choices")
+        if choices and chosen(true["value"], choices) is None:
+            raise UserError(f"{data}, sample {row.get('id')}: the answer {true['value']!r} is none of its choices "
+                            f"{choices}")
+        image, text = "<image>\n" * ("<image>" in question["value"]), question["value"].replace("<image>", "").strip()
         listed = "".join(f"\n{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices or []))
-        text = f"{question['value']}{listed}\n{LETTER if choices and prompt == SHORT else prompt}".strip()
-        asked.append(row | {"conversations": [*row["conversations"][:at], question | {"value": text}]})
-    said, kinds, log = answer(load_model(model), asked, image_folder, batch_size, max_new_tokens), {}, []
-    for row, sample, text, wanted in zip(rows, asked, said, true):
-        right = normalize(text) == normalize(wanted)
-        kind = "yes/no" if normalize(wanted) in ("yes", "no") else "open"
-        if choices := row.get("choices"):
-            kind, right = "choice", chosen(text, choices) == chosen(wanted, choices)
-        kinds.setdefault(kind, []).append(right)
-        log.append(dict(id=row.get("id"), question=sample["conversations"][-1]["value"], answer=text, true=wanted,
+        text = f"{image}{text}{listed}\n{LETTER if choices and prompt == SHORT else prompt}".strip()
+        asked.append(row | {"conversations": [*row["conversations"][:at], question | {"value": text}], "true": true})
+    for row, text in zip(asked, answer(load_model(model), asked, image_folder, batch_size, max_new_tokens, workers)):
+        true, choices = row["true"]["value"], row.get("choices")
+        if choices:
+            kind, right = "choice", chosen(text, choices) == chosen(true, choices)
+        else:
+            kind, right = "yes/no" if normalize(true) in ("yes", "no") else "open", normalize(text) == normalize(true)
+        for of in (kind, "all"):
+            kinds.setdefault(of, []).append(right)
+        log.append(dict(id=row.get("id"), question=row["conversations"][-1]["value"], answer=text, true=true,
                         right=right))
+    result = record(model, {name or Path(data).stem: {kind: sum(of) / len(of) for kind, of in sorted(kinds.items())}})
     if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
-    kinds["all"] = [line["right"] for line in log]
-    return record(model, {Path(data).stem: {kind: sum(right) / len(right) for kind, right in sorted(kinds.items())}})
+    return result
 
 
 def export(model: str, out: str):
@@ -335,19 +326,13 @@ def export(model: str, out: str):
 def chat(model: str, image: str = "", max_new_tokens: int = 512):
     """Ask about an image, or about nothing: each line is a question, an empty line or Ctrl-D ends it."""
     from transformers import TextStreamer
-    sea = load_model(model)
-    device = sea.embed_tokens.weight.device
-    pixels = geometry(read_image(Path(image))[0], **sea.geometry)[None] if image else torch.zeros(0, 3, 0, 0)
-    turns = []
+    sea, turns = load_model(model), []
+    streamer = TextStreamer(sea.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while text := input("> ").strip():
+        while text := input("> ").replace("<image>", "").strip():
             turns.append({"from": "human", "value": text})
-            messages = chat_messages({"image": image, "conversations": turns})
-            ids = encode_prompt(messages, sea.tokenizer, sea.image_tokens)[None].to(device)
-            streamer = TextStreamer(sea.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            out = sea.generate(ids, torch.ones_like(ids), pixels.to(device), max_new_tokens=max_new_tokens,
-                               streamer=streamer)
-            turns.append({"from": "gpt", "value": sea.tokenizer.decode(out[0], skip_special_tokens=True).strip()})
+            [said] = answer(sea, [{"image": image, "conversations": turns}], ".", 1, max_new_tokens, streamer=streamer)
+            turns.append({"from": "gpt", "value": said})
     return turns
 
 
@@ -356,19 +341,32 @@ def chat(model: str, image: str = "", max_new_tokens: int = 512):
 
 def history(run):
     """All that a run's files say of it -> {measure: {step: value}}: metrics.jsonl, eval.jsonl (its nested names joined
-    by a space), and the results of lmms-eval and lm-evaluation-harness that were written below the run's folder."""
+    by a space), and the results of lmms-eval and lm-evaluation-harness below the run's folder, of the step that stands
+    in their path, else of the last one; newer ones replace older ones, groups their parts."""
     found, run = {}, Path(run)
     lines = _lines(run / "metrics.jsonl") + _lines(run / "eval.jsonl")
     last = max((line["step"] for line in lines), default=0)
-    for path in run.rglob("*results*.json"):
-        step = _step(path.relative_to(run)) or last
-        for task, values in json.loads(path.read_text())["results"].items():
-            scores = [k for k, v in values.items() if "," in k and "stderr" not in k and isinstance(v, (int, float))]
-            lines += [{"step": step, task: {"all": values[k]}} for k in sorted(scores, key=lambda k: "f1" not in k)[:1]]
+    for path in sorted(run.rglob("*results*.json"), key=lambda path: path.name):  # with the time in their names
+        step = _step(str(path.relative_to(run))) or last
+        lines += [{"step": step, task: {"all": score}} for task, score in _tool_scores(path)]
     for line in lines:
         for name, value in _flat(line):
             found.setdefault(name, {})[line["step"]] = value
     return found
+
+
+def _tool_scores(path):
+    """Of each task in a results file of lmms-eval or lm-evaluation-harness its name and what the paper reports."""
+    try:
+        file = json.loads(path.read_text())
+        parts = {part for parts in file.get("group_subtasks", {}).values() for part in parts}
+        for task, values in file["results"].items():
+            metrics = [k for k, v in values.items() if "," in k and "stderr" not in k and isinstance(v, (int, float))]
+            if metrics and task not in parts:
+                yield task, values[next((k for k in metrics if re.search("CIDEr|pair|f1", k)), metrics[0])]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: not what lmms-eval or lm-evaluation-harness writes ({e!r}); move it out of the run's "
+                        "folder") from e
 
 
 def _flat(values, before=""):
@@ -482,8 +480,11 @@ def figures(model: str, baseline: str, out: str = "figures", data: str = "", ima
                 and len(runs["baseline"][0].get(name, ())) > 1}
     if measures:
         draw_curves(runs, measures, f"{out}/curves.png")
+    else:
+        print("no curves.png: it takes a measure at two steps or more of both runs: train with --val_data, or call "
+              "eval.py for several checkpoints")
     scores = {kind: {name: values[max(values)] for name, values in of[0].items()
-                     if is_score(name) and name != "val_tacs"} for kind, of in runs.items()}
+                     if is_score(name) and "tacs" not in name} for kind, of in runs.items()}
     if len(set.intersection(*map(set, scores.values()))) > 2:
         draw_radar(scores, f"{out}/radar.png")
     else:
@@ -492,7 +493,7 @@ def figures(model: str, baseline: str, out: str = "figures", data: str = "", ima
 
 def is_score(name):
     """Of the measures in a history those that the paper's figures show: TACS, and one for each benchmark."""
-    return name in ("val_tacs", "pope f1") or name.endswith(" all")
+    return name in ("val_tacs", "tacs", "pope f1") or name.endswith(" all") and not name.startswith(("words", "true"))
 
 
 def print_table(runs, measures):

@@ -185,14 +185,18 @@ class SEAModel(nn.Module):
     def _from_finetune(cls, folder, dtype):
         """Of a checkpoint of stage 2: the model that its run started from, with the weights trained since."""
         config = json.loads((folder / "state.json").read_text())["config"]
-        model = cls.from_run(config["init"], dtype)
-        model.geometry["mode"] = config["image_mode"] or model.geometry["mode"]
-        own, saved = dict(model.named_parameters()), dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        state = {"model": {name: p.detach() for name, p in own.items() if f"model.{name}" in saved}}
         try:
-            dcp.load(state, checkpoint_id=folder, no_dist=True)
-        except dcp.CheckpointException as e:
+            model = cls.from_run(config["init"], dtype)
+            saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+            state = {name: w for name, w in model.state_dict().items() if f"model.{name}" in saved}
+            if lost := sorted({k for k in saved if k.startswith("model.")} - {f"model.{name}" for name in state}):
+                raise UserError(f"{config['init']} has no {lost[0]}; it must be what the run started from (its --init)")
+            dcp.load({"model": state}, checkpoint_id=folder, no_dist=True)
+        except UserError as e:
+            raise UserError(f"{folder}: {e}") from e
+        except (dcp.CheckpointException, OSError) as e:
             raise UserError(f"{folder}: truncated or corrupt; use another checkpoint") from e
+        model.geometry["mode"] = config["image_mode"] or model.geometry["mode"]
         return model
 
     @classmethod

@@ -249,5 +249,5 @@ def test_a_prompt_is_what_stands_before_the_trained_answer(tokenizers, name, ima
     trained = (labels != IGNORE).nonzero().flatten().tolist()
     second = next(b for a, b in zip(trained, trained[1:]) if b > a + 1)
     for turns, start in ((2, trained[0]), (4, second)):
-        messages = chat_messages(sample | {"conversations": sample["conversations"][:turns]})
-        assert encode_prompt(messages, tokenizers[name], 4).tolist() == ids[:start].tolist()
+        asked = sample | {"conversations": sample["conversations"][:turns]}
+        assert encode_prompt(asked, tokenizers[name], 4).tolist() == ids[:start].tolist()

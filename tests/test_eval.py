@@ -70,11 +70,15 @@ def test_the_three_commands_on_an_out_dir_a_model_and_a_checkpoint(run, tmp_path
     assert early["tacs"] != result["tacs"]
     gap = evaluation.main(["gap", "--model", str(run), "--samples", "4"])
     assert gap["D"] > abs(gap["visual_norm"] - gap["word_norm"]) - 1e-4  # the triangle inequality, on average
-    truth = {f"{i}.png": {"object": {"3": ["red", "dark"]}, "background": {"0": []}} for i in range(4)}
-    (tmp_path / "truth.json").write_text(json.dumps(truth))
-    words = evaluation.main(["words", "--model", str(run), "--baseline", str(run / "checkpoints/step_3"), "--samples",
-                             "4", "--truth", str(tmp_path / "truth.json"), "--out", str(tmp_path / "w.png")])
-    assert words[str(run)]["true"]["background"] == 0 and 0 <= words[str(run)]["true"]["object"] <= 1
+    flags = ["words", "--model", str(run), "--baseline", str(run / "checkpoints/step_3"), "--samples", "4"]
+    frequent = evaluation.main([*flags, "--out", str(tmp_path / "w.png")])[str(run)]["words"]
+    shares = {}
+    for word in frequent:  # let it be what every patch shows
+        truth = {f"{i}.png": {"patches": {str(p): [word] for p in range(25)}} for i in range(4)}
+        (tmp_path / "truth.json").write_text(json.dumps(truth))
+        words = evaluation.main([*flags, "--truth", str(tmp_path / "truth.json"), "--out", str(tmp_path / "w.png")])
+        shares[word] = words[str(run)]["true"]["patches"]
+    assert shares == pytest.approx(frequent, abs=6e-4) and sum(shares.values()) > 0.5
     width, height = Image.open(tmp_path / "w.png").size  # two images, each plain, of the baseline, and of SEA
     assert width == 3 * (5 * 89 + 12) + 12 and height > 2 * (5 * 89 + 12) + 12  # words stand below
 
@@ -139,10 +143,14 @@ def test_answers_are_compared_without_case_punctuation_and_articles(text, same):
 
 
 @pytest.mark.parametrize("text, index", [
-    ("B", 1), ("B.", 1), ("(B)", 1), ("B. a cat", 1), ("B: cat", 1), ("A cat", 0), ("a cat", 1), ("Cat.", 1),
-    ("C", None), ("Best", None), ("Bird", 0), ("A's", None), ("", None), ("dog", None)])
+    ("B", 1), ("B.", 1), ("(B)", 1), ("B. a cat", 1), ("B: cat", 1), ("A cat", 1), ("a cat", 1), ("Cat.", 1), ("A", 0),
+    ("A. dog", 0), ("A dog", None), ("C", None), ("Best", None), ("Bird", 0), ("A's", None), ("", None), ("dog", None)])
 def test_the_choice_that_an_answer_names(text, index):
     assert chosen(text, ["bird", "a cat"]) == index
+
+
+def test_numbers_can_be_choices():
+    assert chosen("7.", [3, 7]) == 1
 
 
 @pytest.fixture(scope="module")
@@ -224,17 +232,21 @@ def test_vqa_scores_each_kind_of_question(finetuned, world, tmp_path):
     model = SEAModel.from_run(finetuned)
     texts = [f"<image>\n{q}?\n{evaluation.SHORT}" for q in ("red", "blue")]
     said = evaluation.answer(model, [evaluation.ask(text, "1.png") for text in texts], world / "images")
-    rows = [sample("<image>\nred?", said[0], image="1.png"), sample("<image>\nblue?", "no", image="1.png"),
-            sample("<image>\nwhich?", "wall", image="2.png", choices=["door", "wall"]), sample("text?", "zebra")]
+    listed = f"<image>\nwhich?\nA. door\nB. wall\n{evaluation.LETTER}"
+    [letter] = evaluation.answer(model, [evaluation.ask(listed, "2.png")], world / "images")
+    rows = [sample("red?\n<image>", said[0], image="1.png"), sample("<image>\nblue?", "no", image="1.png"),
+            sample("<image>\nwhich?", "wall", image="2.png", choices=["door", "wall"]), sample("text?", "zebra"),
+            sample("<image>\nwhich?", letter, image="2.png", choices=["door", letter])]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     flags = ["--model", str(finetuned), "--image_folder", f"{world}/images", "--data", f"{tmp_path}/q.json"]
-    result = evaluation.main(["vqa", *flags, "--out", f"{tmp_path}/said.jsonl"])["q"]
-    log = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
-    assert [line["answer"] for line in log[:2]] == said
+    result = evaluation.main(["vqa", *flags, "--out", f"{tmp_path}/new/said.jsonl", "--name", "mine"])["mine"]
+    log = [json.loads(line) for line in (tmp_path / "new/said.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in log[:2]] == said and log[0]["question"] == texts[0]
     assert log[0]["right"] and not log[3]["right"] and log[1]["right"] == (normalize(said[1]) == "no")
-    assert log[2]["question"] == f"<image>\nwhich?\nA. door\nB. wall\n{evaluation.LETTER}"
-    assert result == {"open": 0.5, "yes/no": float(log[1]["right"]), "choice": float(log[2]["right"]),
-                      "all": sum(line["right"] for line in log) / 4}
+    assert log[2]["question"] == listed and log[2]["answer"] == letter
+    assert log[2]["right"] == (chosen(letter, ["door", "wall"]) == 1)
+    assert result == {"open": 0.5, "yes/no": float(log[1]["right"]), "choice": (log[2]["right"] + log[4]["right"]) / 2,
+                      "all": sum(line["right"] for line in log) / 5}
     rows[2]["conversations"][1]["value"] = "cat"
     (tmp_path / "q.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match="the answer 'cat' is none of its choices"):
@@ -246,11 +258,11 @@ def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeyp
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     turns = evaluation.main(["chat", "--model", str(finetuned), "--image", f"{world}/images/3.png",
                              "--max_new_tokens", "9"])
-    model = SEAModel.from_run(finetuned)
+    model, streamed = SEAModel.from_run(finetuned), capsys.readouterr().out
     for n in (1, 3):
         asked = [{"from": "human", "value": f"<image>\n{turns[0]['value']}"}, *turns[1:n]]
         [said] = evaluation.answer(model, [{"image": "3.png", "conversations": asked}], world / "images", 1, 9)
-        assert turns[n]["value"] == said and said in capsys.readouterr().out or n == 3
+        assert turns[n]["value"] == said and said in streamed
     assert [turn["value"] for turn in turns[::2]] == ["red?", "the wall?"]
 
 
@@ -258,20 +270,37 @@ def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeyp
 
 
 def test_a_history_joins_what_runs_and_tools_wrote(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val_tacs": 0.1}\n{"step": 2, "val_tacs": 0.2}\n')
-    (tmp_path / "eval.jsonl").write_text('{"step": 1, "pope": {"f1": 0.5, "coco": {"f1": 0.4}}}\n'
-                                         '{"step": 1, "pope": {"f1": 0.6}}\n{"step": 2, "qa": {"all": 1}}\n')
-    for folder, name, results in (
-            ("lmms/x__model", "20261124_081430_results.json",
-             {"pope": {"alias": "pope", "pope_accuracy,none": 0.7, "pope_accuracy_stderr,none": "N/A",
-                       "pope_f1_score,none": 0.75, "pope_f1_score_stderr_clt,none": 0.0}}),
-            ("lm/x__step_1", "results_2026-11-24T00-15-22.398486.json",
-             {"mmlu": {"alias": "mmlu", "sample_len": 20, "acc,none": 0.35, "acc_stderr,none": 0.1}})):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / name).write_text(json.dumps({"results": results}))
-    found = evaluation.history(tmp_path)
+    run = tmp_path / "two_step_9"  # no step of this run
+    (run / "vqa").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "val_tacs": 0.1}\n{"step": 2, "val_tacs": 0.2}\n')
+    (run / "eval.jsonl").write_text('{"step": 1, "pope": {"f1": 0.5, "coco": {"f1": 0.4}}}\n'
+                                    '{"step": 1, "pope": {"f1": 0.6}}\n{"step": 2, "qa": {"all": 1}}\n')
+    mmlu = {"mmlu": {"alias": "mmlu", "acc,none": 0.35, "acc_stderr,none": 0.1},
+            "mmlu_stem": {"acc,none": 0.1}, "mmlu_virology": {"acc,none": 0.2}}
+    groups = {"mmlu": ["mmlu_stem"], "mmlu_stem": ["mmlu_virology"]}
+    pope = {"pope_accuracy,none": 0.7, "pope_accuracy_stderr,none": "N/A", "pope_f1_score,none": 0.75,
+            "pope_f1_score_stderr_clt,none": 0.0}
+    for name, results in (
+            ("lmms/x__model/20261124_081430_results.json", {"results": {"pope": pope | {"alias": "pope"}}}),
+            ("lmms/a__model/20261124_081431_results.json", {"results": {"pope": pope | {"pope_f1_score,none": 0.8},
+                "coco": {"coco_Bleu_4,none": 0.2, "coco_CIDEr,none": 0.9},
+                "mmvp": {"mmvp_accuracy,none": 0.6, "mmvp_pair_accuracy,none": 0.3}, "broken": {"alias": "x"}}}),
+            ("lm/x__step_1/results_2026-11-24T00-15-22.398486.json", {"results": mmlu, "group_subtasks": groups})):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps(results))
+    found = evaluation.history(run)
     assert found["val_tacs"] == {1: 0.1, 2: 0.2} and found["pope f1"] == {1: 0.6} and found["pope coco f1"] == {1: 0.4}
-    assert found["pope all"] == {2: 0.75} and found["mmlu all"] == {1: 0.35} and found["qa all"] == {2: 1}
+    assert {name: steps for name, steps in found.items() if name.endswith(" all")} == {
+        "pope all": {2: 0.8}, "coco all": {2: 0.9}, "mmvp all": {2: 0.3}, "mmlu all": {1: 0.35}, "qa all": {2: 1}}
+    for text in ('{"id": 1}\n{"id": 2}', '{"results": 3}'):
+        (run / "vqa/my_results.json").write_text(text)
+        with pytest.raises(UserError, match="my_results.json: not what lmms-eval .* move it out"):
+            evaluation.history(run)
+
+
+def test_which_measures_are_benchmarks():
+    assert all(map(evaluation.is_score, ("val_tacs", "tacs", "pope f1", "gqa all")))
+    assert not any(map(evaluation.is_score, ("true all", "words all", "pope coco_pope_random f1", "qa open", "D")))
 
 
 def test_the_table_is_the_mean_and_the_range_of_the_last_values(capsys):
@@ -280,21 +309,55 @@ def test_the_table_is_the_mean_and_the_range_of_the_last_values(capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "| POPE | 0.500 (0.250 to 0.750) |  |"
 
 
-def test_figures_are_drawn_from_what_runs_left(run, finetuned, world, tmp_path, capsys):
-    for step in (3, 6):
-        for name in ("a", "b", "c"):
-            (tmp_path / f"{name}.json").write_text((world / "train.json").read_text())
-            data = ["--data", f"{tmp_path}/{name}.json", "--image_folder", f"{world}/images"]
-            evaluation.main(["vqa", "--model", f"{run}/checkpoints/step_{step}", *data, "--max_new_tokens", "2"])
-    evaluation.main(["figures", "--model", str(run), "--baseline", f"{run}/model", "--out", f"{tmp_path}/f",
-                     "--samples", "4"])
-    for name in ("tsne", "curves", "radar"):
-        pixels = np.asarray(Image.open(tmp_path / f"f/{name}.png").convert("L"))
-        assert (pixels < 200).mean() > 0.003, name  # something is drawn
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, by file name."""
+    from matplotlib.figure import Figure
+    found, save = {}, Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: (
+        found.update({str(path).split("/")[-1]: self}), save(self, path, **kwargs))[1])
+    return found
+
+
+def test_figures_are_drawn_from_what_runs_left(flags, run, world, tmp_path, capsys, drawn):
+    base, alone, score = str(tmp_path / "base"), tmp_path / "alone", {}
+    train.main([*flags, "--out_dir", base, "--sea_weight", "0", "--labels", "", "--save_every", "3", "--keep", "0"])
+    (tmp_path / "q.json").write_text((world / "train.json").read_text())
+    data = ["--data", f"{tmp_path}/q.json", "--image_folder", f"{world}/images", "--max_new_tokens", "2"]
+    for kind, folder in (("baseline", base), ("SEA", run)):
+        score[kind] = [evaluation.main(["vqa", "--model", f"{folder}/checkpoints/step_{step}", *data, "--name", name])[
+            name]["all"] for step in (3, 6) for name in "abc"][2::3]
+    evaluation.main(["figures", "--model", str(run), "--baseline", base, "--out", f"{tmp_path}/f", "--samples", "4"])
+    assert {path.name for path in (tmp_path / "f").iterdir()} == {"tsne.png", "curves.png", "radar.png"} == set(drawn)
+    panels = {axes.get_title(): axes for axes in drawn["curves.png"].axes}
+    assert set(panels) == {"val_tacs", "a all", "b all", "c all"}
+    lines = {line.get_label(): line for line in panels["c all"].lines}
+    assert {kind: [*line.get_ydata()] for kind, line in lines.items()} == score
+    for kind, folder in (("baseline", base), ("SEA", run)):
+        [line] = [line for line in panels["val_tacs"].lines if line.get_label() == kind]
+        assert [*line.get_ydata()] == [m["val_tacs"] for m in evaluation._lines(run.parent / folder / "metrics.jsonl")
+                                       if "val_tacs" in m]
+    [radar] = drawn["radar.png"].axes
+    assert [label.get_text().split("\n")[0] for label in radar.get_xticklabels()] == ["a all", "b all", "c all"]
+    assert [axes.get_title() for axes in drawn["tsne.png"].axes] == ["baseline", "SEA"]
+    for axes in drawn["tsne.png"].axes:
+        assert {dots.get_label(): len(dots.get_offsets()) for dots in axes.collections}["visual tokens"] == 4 * 25
     assert "no radar.png" not in capsys.readouterr().out
-    shutil.copytree(run / "model", tmp_path / "alone")
+    shutil.copytree(run / "model", alone)
     with pytest.raises(UserError, match="must be training runs"):
-        evaluation.main(["figures", "--model", str(run), "--baseline", f"{tmp_path}/alone"])
+        evaluation.main(["figures", "--model", str(run), "--baseline", str(alone)])
+
+
+def test_curves_and_radars_show_the_values(tmp_path, drawn):
+    seeds = [{"m": {1: value, 2: 2 * value}} for value in (1.0, 3.0)]
+    evaluation.draw_curves({"a": seeds, "b": [{"m": {1: 5.0}}]}, {"m": "Title"}, tmp_path / "c.png")
+    [axes] = drawn["c.png"].axes
+    assert [[*line.get_ydata()] for line in axes.lines] == [[2, 4], [5]]
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (1, 6)
+    scores = {"a": {"x": 1.0, "y": 4.0, "z": 2.0}, "b": {"x": 2.0, "y": 3.0, "z": 2.0}}
+    evaluation.draw_radar(scores, tmp_path / "r.png")
+    assert [[*line.get_ydata()] for line in drawn["r.png"].axes[0].lines] == [[0.5, 1, 1, 0.5], [1, 0.75, 1, 1]]
 
 
 def test_a_missing_package_is_asked_for_by_name():
