@@ -496,11 +496,16 @@ def is_score(name):
     return name in ("val_tacs", "tacs", "pope f1") or name.endswith(" all") and not name.startswith(("words", "true"))
 
 
+def last(seeds, measure):
+    """The last value of a measure in each seed's history that has it."""
+    return [seed[measure][max(seed[measure])] for seed in seeds if measure in seed]
+
+
 def print_table(runs, measures):
     """Markdown: the last value of each measure, mean (least to most over seeds). runs: as of draw_curves."""
     print(f"| | {' | '.join(runs)} |\n|---|{'---|' * len(runs)}")
     for measure, title in measures.items():
-        columns = [[seed[measure][max(seed[measure])] for seed in seeds if measure in seed] for seeds in runs.values()]
+        columns = (last(seeds, measure) for seeds in runs.values())
         cells = (f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" if v else "" for v in columns)
         print(f"| {title} | {' | '.join(cells)} |")
 

@@ -4,9 +4,9 @@
     python toy.py report     # baseline against SEA over three seeds: the tables and figures of the README
 
 Everything is ordinary files, so that the toy goes through exactly the code that the full scale goes through: images,
-LLaVA JSON (train, val: captions; train_qa, val_qa: questions), words.txt, truth.json (the true words of a patch), clip
-(an open_clip folder), vision (the same ViT for transformers), llm (a Llama with its tokenizer), labels. CLIP sees whole
-images and text, never the truth of a patch; the LM sees text only.
+LLaVA JSON (train, val: captions; _qa: questions; _text: questions about an image in words), pope/, words.txt, truth.json
+(the true words of a patch), clip (an open_clip folder), vision (the same ViT for transformers), llm (a Llama with its
+tokenizer), labels. CLIP sees whole images and text, never the truth of a patch; the LM sees text only.
 """
 
 import json
@@ -16,10 +16,10 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from math import cos, pi, sin
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -355,19 +355,10 @@ def build(folder: Path = Path("toy"), seed: int = 0, images: int = 3000, clip_st
     shutil.rmtree(work, ignore_errors=True)           # what an interrupted build left
     write_world(work, images, 250, seed)
     # both at once, one thread each: with two threads each they would fight over two cores
-    jobs = {name: subprocess.Popen([sys.executable, __file__, name, "--folder", work, "--seed", str(seed), "--steps",
-                                    str(steps)], env=os.environ | {"OMP_NUM_THREADS": "1"})
-            for name, steps in (("clip", clip_steps), ("lm", lm_steps))}
-    try:
-        codes = [None]
-        while None in codes and not any(codes):      # until all have ended, or one with an error
-            time.sleep(.2)
-            codes = [job.poll() for job in jobs.values()]
-        if any(codes):
-            raise UserError(f"training the toy's {' or '.join(jobs)} failed; its error is above")
-    finally:
-        for job in jobs.values():
-            job.kill()
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        jobs = [pool.submit(train_clip, work, seed, clip_steps), pool.submit(train_lm, work, seed, lm_steps)]
+        for job in as_completed(jobs):
+            job.result()                              # or its error
     work.rename(folder)
 
 
@@ -411,31 +402,33 @@ def true_labels(folder: Path, out: Path) -> None:
     (out / "meta.json").write_text(json.dumps(meta))
 
 
-def run_all(command, *commands) -> None:
+def run_all(*commands) -> None:
     """Run Python commands one after the other, silently, with one thread."""
-    for argv in (command, *commands):
+    for argv in commands:
         job = subprocess.run([sys.executable, *map(str, argv)], env=os.environ | {"OMP_NUM_THREADS": "1"},
                              capture_output=True, text=True)
         if job.returncode:
-            raise UserError(f"{' '.join(map(str, argv))}: {job.stderr.strip().splitlines()[-1]}")
+            raise UserError(f"{' '.join(map(str, argv))}: exit status {job.returncode}\n{job.stderr.strip()[-500:]}")
 
 
 def report(seeds: int = 3, out: Path = Path("out/report")):
     """The README's tables and figures: baseline, SEA, SEA with true labels, both stages, from the same seeds; SEA with
-    ten labels a patch and with --mass 0.5, stage 1. Two runs at a time; finished ones in `out` are used again."""
+    ten labels a patch and with --mass 0.5, stage 1. Two runs at a time. Finished runs in `out` are used again: remove
+    it after a change of the toy or the code."""
     import eval as evaluation
+    evaluation.need("matplotlib"), evaluation.need("sklearn")
     toy, here = Path("toy"), Path(__file__).parent
     ensure(toy)
     label(toy, out / "labels_n10", n=10)
     label(toy, out / "labels_mass0.5", n=10, mass=.5)
     true_labels(toy, out / "labels_truth")
 
-    def train(run) -> None:
+    def both_stages(run) -> None:
         kind, seed, folder = *run, out / f"{run[0]}_{run[1]}"
         two, measure, train = Path(f"{folder}_finetune"), here / "eval.py", [here / "train.py", "--preset", "toy"]
         labels = {"baseline": ["--sea_weight", 0], "SEA": []}.get(
             kind, ["--labels", out / kind.replace("SEA", "labels")])
-        pope = ["--data", toy / "pope", "--image_folder", toy / "images", "--prompt", ""]
+        pope = ["--data", toy / "pope", "--image_folder", toy / "images", "--workers", 0, "--prompt", ""]
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             run_all([*train, "--seed", seed, "--out_dir", folder, *labels],
@@ -446,7 +439,7 @@ def report(seeds: int = 3, out: Path = Path("out/report")):
             (folder / "done").touch()
         if kind in KINDS[:3] and not (two / "done").exists():
             shutil.rmtree(two, ignore_errors=True)
-            text = ["--data", toy / "val_text.json", "--prompt", ""]
+            text = ["--data", toy / "val_text.json", "--workers", 0, "--prompt", ""]
             run_all([*train, "--stage", "finetune", "--seed", seed, "--init", folder, "--out_dir", two, "--keep", 0],
                     [measure, "pope", "--model", two, *pope],
                     [measure, "vqa", "--model", two, "--data", toy / "val_qa.json", *pope[2:]],
@@ -455,31 +448,32 @@ def report(seeds: int = 3, out: Path = Path("out/report")):
 
     with ThreadPoolExecutor(2) as pool:
         runs = [(kind, seed) for seed in range(seeds) for kind in KINDS]
-        list(tqdm(pool.map(train, runs), total=len(runs), desc="runs"))
+        list(tqdm(pool.map(both_stages, runs), total=len(runs), desc="runs"))
     one, two = ({kind: [evaluation.history(out / f"{kind}_{seed}{stage}") for seed in range(seeds)] for kind in kinds}
                 for kinds, stage in ((KINDS, ""), (KINDS[:3], "_finetune")))
-    titles = {"tacs": "TACS (more is better)", "D": "D (less is better)", "D_of_unit_vectors": "D of unit vectors",
-              "true object": "nearest word true, object patches", "true background": "the same, background patches",
-              "caption_loss": "caption loss", "pope f1": "POPE, F1"}
-    evaluation.print_table(one, titles)
-    evaluation.print_table(two, {"pope f1": "POPE, F1", "pope accuracy": "POPE, accuracy", "val_qa open":
-                                 "open questions", "val_qa yes/no": "yes/no questions", "val_text all": "text only"})
+    evaluation.print_table(one, {
+        "tacs": "TACS (more is better)", "D_of_unit_vectors": "D of unit vectors (less is better)",
+        "true object": "nearest word true, object patches", "true background": "the same, background patches",
+        "caption_loss": "caption loss", "pope f1": "POPE, F1"})
+    evaluation.print_table(two, {
+        "pope f1": "POPE, F1", "pope accuracy": "POPE, accuracy", "val_qa open": "open questions",
+        "val_qa yes/no": "yes/no questions", "val_text all": "text only"})
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     main_kinds = {kind: one[kind] for kind in KINDS[:3]}
     evaluation.draw_curves(main_kinds, {"val_tacs": "TACS", "pope f1": "POPE, F1"}, figures / "pretraining.png")
     evaluation.draw_curves(two, {"val_text all": "language: text-only questions"}, figures / "language.png")
-    mean = {kind: {title: float(np.mean([seed[name][max(seed[name])] for seed in of])) for name, title in (
-        ("pope f1", "POPE"), ("val_qa open", "open"), ("val_qa yes/no", "yes/no"), ("val_text all", "text only"))}
-        for kind, of in two.items()}
-    evaluation.draw_radar(mean, figures / "radar.png")
+    benchmarks = {"pope f1": "POPE", "val_qa open": "open", "val_qa yes/no": "yes/no", "val_text all": "text only"}
+    means = {kind: {title: float(np.mean(evaluation.last(of, name))) for name, title in benchmarks.items()}
+             for kind, of in two.items()}
+    evaluation.draw_radar(means, figures / "radar.png")
     evaluation.draw_tsne({kind: evaluation.token_groups(str(out / f"{kind}_0")) for kind in KINDS[:2]},
                          figures / "tsne.png")
     evaluation.eval_words(str(out / "SEA_0"), str(out / "baseline_0"), samples=2, out=str(figures / "words.png"))
 
 
 def main(argv=None):
-    run_command(__doc__, {"build": build, "report": report, "clip": train_clip, "lm": train_lm}, argv)
+    run_command(__doc__, {"build": build, "report": report}, argv)
 
 
 if __name__ == "__main__":
