@@ -4,9 +4,9 @@
     python toy.py report     # baseline against SEA over three seeds: the tables and figures of the README
 
 Everything is ordinary files, so that the toy goes through exactly the code that the full scale goes through: images,
-LLaVA JSON (train, val: captions; _qa: questions; _text: questions about an image in words), pope/, words.txt, truth.json
-(the true words of a patch), clip (an open_clip folder), vision (the same ViT for transformers), llm (a Llama with its
-tokenizer), labels. CLIP sees whole images and text, never the truth of a patch; the LM sees text only.
+LLaVA JSON (train, val: captions; _qa: questions; _text: questions about an image in words), pope/, words.txt,
+truth.json (the true words of a patch), clip (an open_clip folder), vision (the same ViT for transformers), llm (a Llama
+with its tokenizer), labels. CLIP sees whole images and text, never the truth of a patch; the LM sees text only.
 """
 
 import json
