@@ -408,7 +408,7 @@ def draw_radar(scores, path):
     """Benchmarks around a circle, each as a share of its best value. scores {kind: {benchmark: value}}."""
     names = [name for name in next(iter(scores.values())) if all(name in kind for kind in scores.values())]
     best = {name: max(kind[name] for kind in scores.values()) or 1.0 for name in names}
-    figure = need("matplotlib.figure").Figure(figsize=(6, 5.4), layout="constrained")
+    figure = need("matplotlib.figure").Figure(figsize=(7, 4.8))
     axes = figure.add_subplot(projection="polar")
     angles = [2 * math.pi * i / len(names) for i in range(len(names))]
     for kind, values in scores.items():
@@ -416,14 +416,16 @@ def draw_radar(scores, path):
         axes.plot(angles + angles[:1], radii + radii[:1], label=kind)
         axes.fill(angles, radii, alpha=0.1)
     low = min(values[name] / best[name] for values in scores.values() for name in names)
-    axes.set_ylim(max(0.0, 2 * low - 1 - 0.02), 1.02)  # or small differences would not be seen
+    low = max(0.0, 2 * low - 1 - 0.02)  # the scale starts here, or small differences would not be seen
+    axes.set_ylim(low, 1.02)
     axes.set_xticks(angles, [f"{name}\n" + " / ".join(f"{values[name]:.3g}" for values in scores.values())
                              for name in names])
     for label, angle in zip(axes.get_xticklabels(), angles):  # away from the circle
         label.set(ha="left" if math.cos(angle) > 0.1 else "right" if math.cos(angle) < -0.1 else "center")
     axes.set_yticklabels([])
-    figure.legend(*axes.get_legend_handles_labels(), loc="lower left", frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.legend(loc="lower left", frameon=False)
+    figure.text(0.99, 0.01, f"shares of the best value;\nin the middle {low:.0%}", ha="right", va="bottom", size=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"wrote {path}")
 
 
