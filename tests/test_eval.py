@@ -285,7 +285,7 @@ def test_a_history_joins_what_runs_and_tools_wrote(tmp_path):
             ("lmms/a__model/20261124_081431_results.json", {"results": {"pope": pope | {"pope_f1_score,none": 0.8},
                 "coco": {"coco_Bleu_4,none": 0.2, "coco_CIDEr,none": 0.9},
                 "mmvp": {"mmvp_accuracy,none": 0.6, "mmvp_pair_accuracy,none": 0.3}, "broken": {"alias": "x"}}}),
-            ("lm/x__step_1/results_2026-11-24T00-15-22.398486.json", {"results": mmlu, "group_subtasks": groups})):
+            ("lm/out_step_7__step_1/results_2026-11-24T00-15-22.398486.json", {"results": mmlu, "group_subtasks": groups})):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(json.dumps(results))
     found = evaluation.history(run)
