@@ -253,6 +253,17 @@ def test_vqa_scores_each_kind_of_question(finetuned, world, tmp_path):
         evaluation.main(["vqa", *flags])
 
 
+def test_vqa_scores_answers_that_are_known(finetuned, tmp_path, monkeypatch):
+    said = ["B", "A. door", "The wall.", "C", "No.", "yes", "blue", "Red!"]
+    true = ["wall", "B", "B", "wall", "no", "no", "red", "a red"]
+    rows = [{"id": i, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}]} | (
+        {"choices": ["door", "wall"]} if i < 4 else {}) for i, answer in enumerate(true)]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(evaluation, "answer", lambda *args: said)
+    assert evaluation.main(["vqa", "--model", str(finetuned), "--data", f"{tmp_path}/q.json"]) == {
+        "q": {"choice": 2 / 4, "yes/no": 1 / 2, "open": 1 / 2, "all": 4 / 8}}
+
+
 def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeypatch, capsys):
     lines = iter(["red?", "the wall?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
@@ -285,7 +296,7 @@ def test_a_history_joins_what_runs_and_tools_wrote(tmp_path):
             ("lmms/a__model/20261124_081431_results.json", {"results": {"pope": pope | {"pope_f1_score,none": 0.8},
                 "coco": {"coco_Bleu_4,none": 0.2, "coco_CIDEr,none": 0.9},
                 "mmvp": {"mmvp_accuracy,none": 0.6, "mmvp_pair_accuracy,none": 0.3}, "broken": {"alias": "x"}}}),
-            ("lm/out_step_7__step_1/results_2026-11-24T00-15-22.398486.json", {"results": mmlu, "group_subtasks": groups})):
+            ("lm/step_7__step_1/results_2026-11-24T00-15-22.398486.json", {"results": mmlu, "group_subtasks": groups})):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(json.dumps(results))
     found = evaluation.history(run)
