@@ -51,6 +51,8 @@ def test_nearest_word_is_the_argmax_of_the_cosine(vectors):
     x_v, words = vectors
     reference = [max(range(len(words)), key=lambda j: cosine(v, words[j])) for v in x_v]
     assert nearest_word(x_v.repeat(60, 1), words).tolist() == reference * 60
+    away = torch.tensor([[-2.0, -1]])  # from every word
+    assert nearest_word(away, torch.tensor([[1.0, 0], [1, 1], [0, 3]])).tolist() == [2]
 
 
 @pytest.fixture(scope="module")
