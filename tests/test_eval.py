@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+import torch.distributed.checkpoint as dcp
 from PIL import Image
 
 import eval as evaluation
@@ -177,6 +178,15 @@ def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned, tmp_path):
             assert torch.allclose(w, other, atol=1e-6), name
         moved += not torch.equal(w, early[name])
     assert moved > 20
+
+
+def test_a_checkpoint_of_stage_2_whose_start_is_another_or_gone_is_refused(finetuned, tmp_path):
+    state = json.loads((finetuned / "checkpoints/step_3/state.json").read_text())
+    dcp.save({"model": {"llm.extra": torch.zeros(2)}}, checkpoint_id=tmp_path / "step_3", no_dist=True)
+    for init, error in ((state["config"]["init"], "has no model.llm.extra"), (f"{tmp_path}/gone", "gone: no adapter")):
+        (tmp_path / "step_3/state.json").write_text(json.dumps({"config": {"init": init, "image_mode": ""}}))
+        with pytest.raises(UserError, match=f"step_3: .*{error}"):
+            SEAModel.from_run(tmp_path / "step_3")
 
 
 def test_batches_answer_as_one_by_one(finetuned, world):
