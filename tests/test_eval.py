@@ -86,6 +86,18 @@ def test_the_three_commands_on_an_out_dir_a_model_and_a_checkpoint(run, tmp_path
     assert width == 3 * (5 * 89 + 12) + 12 and height > 2 * (5 * 89 + 12) + 12  # words stand below
 
 
+def test_without_held_out_data_the_training_data_are_measured(run, tmp_path, world):
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    lines = [json.dumps(sample) for sample in json.loads((world / "train.json").read_text())[:3]]
+    (tmp_path / "three.jsonl").write_text("\n".join(lines))
+    for change, pairs in ((dict(val_data="", data=f"{tmp_path}/three.jsonl"), 3),
+                          (dict(val_data=f"{tmp_path}/three.jsonl", val_image_folder=f"{world}/images",
+                                image_folder="gone"), 3)):
+        (tmp_path / "run/config.json").write_text(json.dumps(config | change))
+        assert evaluation.main(["tacs", "--model", f"{tmp_path}/run"])["pairs"] == pairs
+
+
 def test_errors_name_what_is_missing(run, tmp_path):
     with pytest.raises(UserError, match="no adapter.safetensors"):
         evaluation.main(["tacs", "--model", str(tmp_path)])
