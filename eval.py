@@ -153,9 +153,10 @@ def load_run(model, data, image_folder, samples):
     """-> SEAModel, LlavaDataset of the first `samples` samples, config of the run."""
     config = run_config(model)
     if config.get("stage") == "pretrain":  # stage 2's data are no captions
-        held_out = config["val_data"] and config["val_image_folder"]
-        data, image_folder = data or config["val_data"] or config["data"], (
-            image_folder or held_out or config["image_folder"])
+        image_folder = image_folder or config["val_data"] and config["val_image_folder"] or config["image_folder"]
+        data = data or config["val_data"] or config["data"]
+    if samples < 1:
+        raise UserError("--samples must be at least 1")
     if not data or not image_folder:
         raise UserError(f"{model}: its run named no captions to look at; give --data and --image_folder")
     model, rows = load_model(model), load_samples(data)
