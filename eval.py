@@ -293,9 +293,9 @@ def eval_vqa(model: str, data: str, image_folder: str = "", batch_size: int = 16
         if choices and chosen(true["value"], choices) is None:
             raise UserError(f"{data}, sample {row.get('id')}: the answer {true['value']!r} is none of its choices "
                             f"{choices}")
-        image, text = "<image>\n" * ("<image>" in question["value"]), question["value"].replace("<image>", "").strip()
+        text = question["value"].replace("<image>", "").strip()  # the image comes first, as in training
         listed = "".join(f"\n{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices or []))
-        text = f"{image}{text}{listed}\n{LETTER if choices and prompt == SHORT else prompt}".strip()
+        text = f"{text}{listed}\n{LETTER if choices and prompt == SHORT else prompt}".strip()
         asked.append(row | {"conversations": [*row["conversations"][:at], question | {"value": text}], "true": true})
     for row, text in zip(asked, answer(load_model(model), asked, image_folder, batch_size, max_new_tokens, workers)):
         true, choices = row["true"]["value"], row.get("choices")

@@ -254,9 +254,9 @@ def test_vqa_scores_each_kind_of_question(finetuned, world, tmp_path):
                                                   {"from": "gpt", "value": answer}]} | more
 
     model = SEAModel.from_run(finetuned)
-    texts = [f"<image>\n{q}?\n{evaluation.SHORT}" for q in ("red", "blue")]
+    texts = [f"{q}?\n{evaluation.SHORT}" for q in ("red", "blue")]
     said = evaluation.answer(model, [evaluation.ask(text, "1.png") for text in texts], world / "images")
-    listed = f"<image>\nwhich?\nA. door\nB. wall\n{evaluation.LETTER}"
+    listed = f"which?\nA. door\nB. wall\n{evaluation.LETTER}"
     [letter] = evaluation.answer(model, [evaluation.ask(listed, "2.png")], world / "images")
     rows = [sample("red?\n<image>", said[0], image="1.png"), sample("<image>\nblue?", "no", image="1.png"),
             sample("<image>\nwhich?", "wall", image="2.png", choices=["door", "wall"]), sample("text?", "zebra"),
