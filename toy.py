@@ -92,22 +92,17 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
     return (pixels * rng.uniform(.9, 1.1) + dice.normal(0, 5, pixels.shape)).clip(0, 255).astype(np.uint8)
 
 
-def cover(scene: Scene) -> np.ndarray:
-    """[objects + 1, 64] the share of every patch that each object, and last the background, covers."""
-    shares = [shape_mask(t).reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).ravel() for t in scene.things]
-    return np.stack([*shares, 1 - np.sum(shares, axis=0)])
-
-
 def patch_truth(scene: Scene) -> dict:
     """{"object": {patch: words}, "background": {patch: words}}, patch = 8 row + col.
 
     Half covered by an object: its color or pattern is true; 90 % background: its word; the mixed rest is not judged.
     """
     truth = {"object": {}, "background": {}}
-    for patch, (*objects, ground) in enumerate(cover(scene).T):
+    covered = [shape_mask(t).reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).ravel() for t in scene.things]
+    for patch, objects in enumerate(zip(*covered)):
         if max(objects) >= .5:
             truth["object"][patch] = scene.things[int(np.argmax(objects))][:2]
-        elif ground >= .9:
+        elif sum(objects) <= .1:
             truth["background"][patch] = [scene.background]
     return truth
 
