@@ -44,15 +44,165 @@ PROMPT = "a photo of a {}."  # PAPER: the prompt around a word is not given; CLI
 SURGERY_DEPTH = 6  # blocks of the v-v path, as in CLIP Surgery
 
 # Words that name nothing one can see: Appendix C keeps "meaningful and attribute" words.
-STOP_WORDS = set("""
-a about above across after again against all along also an and another any are around as at away back be because been
-before behind being below beside between both but by can could did do does doing down during each either even every
-few for from further had has have having he her here his how if in instead into is it its just least less like made
-make makes many may more most much must my near neither no nor not of off often on once one only onto or other our out
-over own rather really same several she should since so some something still such than that the their them then there
-these they this those though through to together too toward towards under until up upon us very was we well were what
-when where whether which while who whose why will with within without would yes yet you your
-""".split())
+STOP_WORDS = set(
+    [
+        "a",
+        "about",
+        "above",
+        "across",
+        "after",
+        "again",
+        "against",
+        "all",
+        "along",
+        "also",
+        "an",
+        "and",
+        "another",
+        "any",
+        "are",
+        "around",
+        "as",
+        "at",
+        "away",
+        "back",
+        "be",
+        "because",
+        "been",
+        "before",
+        "behind",
+        "being",
+        "below",
+        "beside",
+        "between",
+        "both",
+        "but",
+        "by",
+        "can",
+        "could",
+        "did",
+        "do",
+        "does",
+        "doing",
+        "down",
+        "during",
+        "each",
+        "either",
+        "even",
+        "every",
+        "few",
+        "for",
+        "from",
+        "further",
+        "had",
+        "has",
+        "have",
+        "having",
+        "he",
+        "her",
+        "here",
+        "his",
+        "how",
+        "if",
+        "in",
+        "instead",
+        "into",
+        "is",
+        "it",
+        "its",
+        "just",
+        "least",
+        "less",
+        "like",
+        "made",
+        "make",
+        "makes",
+        "many",
+        "may",
+        "more",
+        "most",
+        "much",
+        "must",
+        "my",
+        "near",
+        "neither",
+        "no",
+        "nor",
+        "not",
+        "of",
+        "off",
+        "often",
+        "on",
+        "once",
+        "one",
+        "only",
+        "onto",
+        "or",
+        "other",
+        "our",
+        "out",
+        "over",
+        "own",
+        "rather",
+        "really",
+        "same",
+        "several",
+        "she",
+        "should",
+        "since",
+        "so",
+        "some",
+        "something",
+        "still",
+        "such",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "those",
+        "though",
+        "through",
+        "to",
+        "together",
+        "too",
+        "toward",
+        "towards",
+        "under",
+        "until",
+        "up",
+        "upon",
+        "us",
+        "very",
+        "was",
+        "we",
+        "well",
+        "were",
+        "what",
+        "when",
+        "where",
+        "whether",
+        "which",
+        "while",
+        "who",
+        "whose",
+        "why",
+        "will",
+        "with",
+        "within",
+        "without",
+        "would",
+        "yes",
+        "yet",
+        "you",
+        "your",
+    ]
+)
 
 
 # ------------------------------------------------------------------------------------------------- word list
@@ -65,16 +215,33 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
 
     PAPER: words stay as they are written: the lemma of "striped", an attribute, would be "stripe", a thing.
     """
-    captions = (turn["value"] for s in load_samples(data) for turn in s["conversations"] if turn["from"] == "gpt")
+    captions = (
+        turn["value"]
+        for s in load_samples(data)
+        for turn in s["conversations"]
+        if turn["from"] == "gpt"
+    )
     counts, other = collections.Counter(), collections.Counter()
     for content, rest in tqdm(_tagged(captions, tagger), desc="reading captions", unit=" captions"):
         counts.update(content)
         other.update(rest)
-    groups = {"kept": [], f"rarer than {min_count}": [], "stop words": [], "single letters": [],
-              "other parts of speech": [word for word, _ in other.most_common() if word not in counts]}
+    groups = {
+        "kept": [],
+        f"rarer than {min_count}": [],
+        "stop words": [],
+        "single letters": [],
+        "other parts of speech": [word for word, _ in other.most_common() if word not in counts],
+    }
     for word in sorted(counts, key=lambda w: (-counts[w], w)):
-        groups["single letters" if len(word) == 1 else "stop words" if word in STOP_WORDS else
-               "kept" if counts[word] >= min_count else f"rarer than {min_count}"].append(word)
+        groups[
+            "single letters"
+            if len(word) == 1
+            else "stop words"
+            if word in STOP_WORDS
+            else "kept"
+            if counts[word] >= min_count
+            else f"rarer than {min_count}"
+        ].append(word)
     extra_words = read_words(extra) if extra else []
     merged = list(dict.fromkeys(groups["kept"] + extra_words))
     if not merged:
@@ -83,24 +250,38 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
     Path(out).write_text("\n".join(merged) + "\n", encoding="utf-8")
     for reason, group in groups.items():
         print(f"{len(group):9,} {reason}: {', '.join(group[:8])} ...")
-    print(f"{len(extra_words):9,} of {extra or 'no extra list'}, {len(merged) - len(groups['kept']):,} of them new\n"
-          f"{len(merged):9,} words in {out}")
+    print(
+        f"{len(extra_words):9,} of {extra or 'no extra list'}, {len(merged) - len(groups['kept']):,} of them new\n"
+        f"{len(merged):9,} words in {out}"
+    )
 
 
 def _tagged(captions, tagger):
     """Yield of each caption its words, and with a tagger apart from them those of other parts of speech."""
-    word, shortened = r"[^\W\d_]+(?:-[^\W\d_]+)*", r"\w+n['\u2019]t\b|['\u2019](s|re|ve|ll|d|m)\b"  # don't, dog's
+    word, shortened = (
+        r"[^\W\d_]+(?:-[^\W\d_]+)*",
+        r"\w+n['\u2019]t\b|['\u2019](s|re|ve|ll|d|m)\b",
+    )  # don't, dog's
     if not tagger:
-        yield from ((re.findall(word, re.sub(shortened, "", caption.lower())), ()) for caption in captions)
+        yield from (
+            (re.findall(word, re.sub(shortened, "", caption.lower())), ()) for caption in captions
+        )
         return
     try:
         import spacy
+
         nlp = spacy.load(tagger, exclude=["parser", "ner", "lemmatizer"])
     except (ImportError, OSError) as e:
-        raise UserError(f"--tagger {tagger}: cannot be loaded ({e}); pip install spacy, then python -m spacy download "
-                        "en_core_web_sm") from e
+        raise UserError(
+            f"--tagger {tagger}: cannot be loaded ({e}); pip install spacy, then python -m spacy download "
+            "en_core_web_sm"
+        ) from e
     for doc in nlp.pipe(captions, batch_size=1000):
-        tokens = [(t.lower_, t.pos_ in ("NOUN", "ADJ", "VERB")) for t in doc if re.fullmatch(word, t.lower_)]
+        tokens = [
+            (t.lower_, t.pos_ in ("NOUN", "ADJ", "VERB"))
+            for t in doc
+            if re.fullmatch(word, t.lower_)
+        ]
         yield [w for w, content in tokens if content], [w for w, content in tokens if not content]
 
 
@@ -109,13 +290,17 @@ def read_words(path):
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot read the word list ({e}); make one with labels.py words") from e
+        raise UserError(
+            f"{path}: cannot read the word list ({e}); make one with labels.py words"
+        ) from e
     if not lines:
         raise UserError(f"{path}: the word list is empty")
     seen = set()
     for number, word in enumerate(lines, 1):
         if not word.strip() or word in seen:
-            raise UserError(f"{path}, line {number}: {word!r} is empty or stands above already; remove the line")
+            raise UserError(
+                f"{path}, line {number}: {word!r} is empty or stands above already; remove the line"
+            )
         seen.add(word)
     return lines
 
@@ -135,13 +320,19 @@ def load_encoder(name, pretrained="", device="cpu"):
     elif Path(name).is_dir():
         name = f"local-dir:{name}"
     elif not pretrained:
-        raise UserError(f"--encoder {name}: neither a folder nor one of {', '.join(ENCODERS)}; an open_clip name needs "
-                        "its weights too (--pretrained)")
+        raise UserError(
+            f"--encoder {name}: neither a folder nor one of {', '.join(ENCODERS)}; an open_clip name needs "
+            "its weights too (--pretrained)"
+        )
     try:
-        encoder = open_clip.create_model(name, pretrained=pretrained or None, device=device, require_pretrained=True)
+        encoder = open_clip.create_model(
+            name, pretrained=pretrained or None, device=device, require_pretrained=True
+        )
         encoder.tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError) as e:
-        raise UserError(f"--encoder {name}: cannot be loaded ({str(e).strip().splitlines()[0]})") from e
+        raise UserError(
+            f"--encoder {name}: cannot be loaded ({str(e).strip().splitlines()[0]})"
+        ) from e
     return encoder.eval().requires_grad_(False)
 
 
@@ -157,8 +348,12 @@ def encoder_geometry(encoder):
     """The keywords of data.geometry for an open_clip model, from its own preprocessing config."""
     cfg = encoder.visual.preprocess_cfg
     size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
-    return dict(size=size, mode="square" if cfg["resize_mode"] == "shortest" else "squash",
-                mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
+    return dict(
+        size=size,
+        mode="square" if cfg["resize_mode"] == "shortest" else "squash",
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+    )
 
 
 def patch_paths(encoder):
@@ -192,16 +387,26 @@ def patch_embeddings(encoder, pixels, path="last"):
     """
     visual = encoder.visual
     if path not in patch_paths(encoder):
-        raise UserError(f"--path {path}: this encoder has {' and '.join(patch_paths(encoder)) or 'no patches to read'}")
+        raise UserError(
+            f"--path {path}: this encoder has {' and '.join(patch_paths(encoder)) or 'no patches to read'}"
+        )
     if hasattr(visual, "trunk"):
         trunk = visual.trunk
-        tokens = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens:]
+        tokens = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :]
         x = tokens.flatten(0, 1)
-        if path == "value":  # softmax over one key is 1; in parts, for GPU kernels that take 65,535 sequences at most
+        if (
+            path == "value"
+        ):  # softmax over one key is 1; in parts, for GPU kernels that take 65,535 sequences at most
             x = torch.cat([trunk.attn_pool(part) for part in x.unsqueeze(1).split(32768)])
-        return F.normalize(visual.head(trunk.head(trunk.fc_norm(x))).unflatten(0, tokens.shape[:2]).float(), dim=-1)
+        return F.normalize(
+            visual.head(trunk.head(trunk.fc_norm(x))).unflatten(0, tokens.shape[:2]).float(), dim=-1
+        )
 
-    blocks, x, surgery = visual.transformer.resblocks, visual._embeds(pixels), None  # x: (B, 1 + m, width)
+    blocks, x, surgery = (
+        visual.transformer.resblocks,
+        visual._embeds(pixels),
+        None,
+    )  # x: (B, 1 + m, width)
     alone = torch.full((x.shape[1], x.shape[1]), -torch.inf, device=x.device).fill_diagonal_(0)
     for to_go, block in zip(range(len(blocks), 0, -1), blocks):
         if path == "vv" and to_go <= SURGERY_DEPTH:
@@ -222,10 +427,15 @@ def _vv_attention(attn, x):
 def word_embeddings(encoder, words, prompt=PROMPT, batch_size=256):
     """T = h(W) (Eq. 7): words (q strings) -> [q, d], each L2-normalised. prompt: a text with {} for the word."""
     device = next(encoder.parameters()).device
-    bar = tqdm(range(0, len(words), batch_size), desc="embedding words",
-               disable=len(words) <= batch_size or os.environ.get("RANK", "0") != "0")
-    texts = ([prompt.replace("{}", w) for w in words[i:i + batch_size]] for i in bar)
-    embeds = torch.cat([_encode_text(encoder, encoder.tokenizer(t).to(device)).float() for t in texts])
+    bar = tqdm(
+        range(0, len(words), batch_size),
+        desc="embedding words",
+        disable=len(words) <= batch_size or os.environ.get("RANK", "0") != "0",
+    )
+    texts = ([prompt.replace("{}", w) for w in words[i : i + batch_size]] for i in bar)
+    embeds = torch.cat(
+        [_encode_text(encoder, encoder.tokenizer(t).to(device)).float() for t in texts]
+    )
     return F.normalize(embeds, dim=-1)
 
 
@@ -234,11 +444,17 @@ def _encode_text(encoder, tokens):
     token of the batch cannot matter: 10 positions instead of 77, for words."""
     tower, prefix = (encoder.text, "text.") if hasattr(encoder, "text") else (encoder, "")
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    if pool != "argmax" or getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
+    if (
+        pool != "argmax"
+        or getattr(tower, "attn_mask", None) is None
+        or getattr(tower, "cls_emb", None) is not None
+    ):
         return encoder.encode_text(tokens, normalize=True)
     end = int(tokens.argmax(dim=1).max()) + 1
-    shorter = {f"{prefix}positional_embedding": tower.positional_embedding[:end],
-               f"{prefix}attn_mask": tower.attn_mask[:end, :end]}
+    shorter = {
+        f"{prefix}positional_embedding": tower.positional_embedding[:end],
+        f"{prefix}attn_mask": tower.attn_mask[:end, :end],
+    }
     out = torch.func.functional_call(encoder, shorter, (None, tokens[:, :end]))
     return out["text_features"] if isinstance(out, dict) else out[1]
 
@@ -263,7 +479,9 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     for dtype in [torch.bfloat16, torch.float32] if fast else [torch.float32]:
         if len(unsure):
-            ids[unsure, :width], scores[unsure, :width], bound = _search(patches[unsure], word_embeds, n, dtype)
+            ids[unsure, :width], scores[unsure, :width], bound = _search(
+                patches[unsure], word_embeds, n, dtype
+            )
             unsure = unsure[bound >= scores[unsure, width - 1].clamp(min=min_score)]
     for rows in unsure.split(1024) if len(unsure) else ():
         ids[rows, :width], scores[rows, :width] = _sort(patches[rows], word_embeds, n)
@@ -275,26 +493,36 @@ def _search(patches, words, n, dtype):
     """The 4n + 24 words of each patch whose products in `dtype` are largest, scored again in float64 -> ids and scores
     [P, n] of the best of these, and [P] a bound: none of the other words scores more."""
     cuda = patches.device.type == "cuda"
-    patch_block, word_block, group, rescored = (4096, 32768, 32, 512) if cuda else (2048, 8192, 16, 4)
+    patch_block, word_block, group, rescored = (
+        (4096, 32768, 32, 512) if cuda else (2048, 8192, 16, 4)
+    )
     k, block = min(4 * n + 24, len(words)), min(word_block, -(-len(words) // group) * group)
-    coarse, mean = patches.to(dtype), words.mean(0)  # a shift of all words changes no order, but less is rounded
+    coarse, mean = (
+        patches.to(dtype),
+        words.mean(0),
+    )  # a shift of all words changes no order, but less is rounded
     best = torch.full((len(patches), k), -torch.inf, dtype=dtype, device=patches.device)
     ids = torch.zeros_like(best, dtype=torch.int64)
     # temporaries of this size are cheaper to reuse than to allocate
     buffer = best.new_empty(min(patch_block, len(patches)), block)
-    centred, coarse_words = words.new_empty(block, words.shape[1]), best.new_zeros(block, words.shape[1])
+    centred, coarse_words = (
+        words.new_empty(block, words.shape[1]),
+        best.new_zeros(block, words.shape[1]),
+    )
     inside = torch.arange(group, device=ids.device)[:, None] * (block // group)
-    norm = error = patches.new_zeros(())  # the largest of any word, and of what rounding takes from it
+    norm = error = patches.new_zeros(
+        ()
+    )  # the largest of any word, and of what rounding takes from it
     for start in range(0, len(words), block):
-        part = words[start:start + block]
-        part = torch.sub(part, mean, out=centred[:len(part)])
-        coarse_words[:len(part)] = part
+        part = words[start : start + block]
+        part = torch.sub(part, mean, out=centred[: len(part)])
+        coarse_words[: len(part)] = part
         norm = norm.maximum(part.norm(dim=1).amax())
-        error = error.maximum(part.sub_(coarse_words[:len(part)]).norm(dim=1).amax())
+        error = error.maximum(part.sub_(coarse_words[: len(part)]).norm(dim=1).amax())
         for at in range(0, len(patches), patch_block):
             here = slice(at, at + patch_block)
-            products = torch.mm(coarse[here], coarse_words.T, out=buffer[:len(coarse[here])])
-            products[:, len(part):] = -torch.inf
+            products = torch.mm(coarse[here], coarse_words.T, out=buffer[: len(coarse[here])])
+            products[:, len(part) :] = -torch.inf
             # the best k words are in the k groups with the best maxima: only these are looked at one by one
             groups = products.unflatten(1, (group, -1))
             maxima = groups.amax(1)
@@ -302,27 +530,45 @@ def _search(patches, words, n, dtype):
             top = maxima.topk(min(k, int(better)), dim=1, sorted=False)[1].unsqueeze(1)
             found = groups.gather(2, top.expand(-1, group, -1)).flatten(1)
             best[here], order = torch.cat([best[here], found], 1).topk(k, dim=1, sorted=False)
-            ids[here] = torch.cat([ids[here], (start + inside + top).flatten(1)], 1).gather(1, order)
+            ids[here] = torch.cat([ids[here], (start + inside + top).flatten(1)], 1).gather(
+                1, order
+            )
 
     ids = ids.sort(dim=1)[0]  # then a stable sort keeps the lower id first among equals
-    scores = torch.cat([words[i].double().mul_(p.double().unsqueeze(1)).sum(-1)
-                        for p, i in zip(patches.split(rescored), ids.split(rescored))])
+    scores = torch.cat(
+        [
+            words[i].double().mul_(p.double().unsqueeze(1)).sum(-1)
+            for p, i in zip(patches.split(rescored), ids.split(rescored))
+        ]
+    )
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     if k == len(words):
-        return ids.gather(1, order)[:, :n], scores[:, :n], scores.new_full((len(scores),), -torch.inf)
+        return (
+            ids.gather(1, order)[:, :n],
+            scores[:, :n],
+            scores.new_full((len(scores),), -torch.inf),
+        )
     # the mean's part and the last candidate's product; its rounding; that of the patch, of the word, and of d float32
     # additions
     last = best.amin(1).double()
-    bound = patches.double() @ mean.double() + last + last.abs() * torch.finfo(dtype).eps + \
-        (patches - coarse).norm(dim=1) * norm + coarse.double().norm(dim=1) * (error + norm * patches.shape[1] * 2**-22)
+    bound = (
+        patches.double() @ mean.double()
+        + last
+        + last.abs() * torch.finfo(dtype).eps
+        + (patches - coarse).norm(dim=1) * norm
+        + coarse.double().norm(dim=1) * (error + norm * patches.shape[1] * 2**-22)
+    )
     return ids.gather(1, order)[:, :n], scores[:, :n], bound
 
 
 def _sort(patches, words, n, block=4096):
     """The first n columns of a stable descending sort of the float64 scores of each patch."""
-    ids, scores = (torch.zeros(len(patches), 0, dtype=d, device=patches.device) for d in (torch.int64, torch.float64))
+    ids, scores = (
+        torch.zeros(len(patches), 0, dtype=d, device=patches.device)
+        for d in (torch.int64, torch.float64)
+    )
     for start in range(0, len(words), block):
-        new = patches.double() @ words[start:start + block].double().T
+        new = patches.double() @ words[start : start + block].double().T
         new_ids = torch.arange(start, start + new.shape[1], device=ids.device).expand_as(new)
         scores, order = torch.cat([scores, new], 1).sort(dim=1, descending=True, stable=True)
         ids, scores = torch.cat([ids, new_ids], 1).gather(1, order)[:, :n], scores[:, :n]
@@ -354,11 +600,15 @@ class LabelStore:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.shards = _files(self.folder, "labels", self.meta["images"], self.meta["shard"])
         except (OSError, ValueError, KeyError) as e:
-            raise UserError(f"{folder}: no label store ({e!r}); make one with labels.py extract --out {folder}") from e
+            raise UserError(
+                f"{folder}: no label store ({e!r}); make one with labels.py extract --out {folder}"
+            ) from e
         done = sum(len(_load(path)) for path in self.shards if path.exists())
         if done < len(self):
-            raise UserError(f"{folder}: only {done} of {len(self)} images are labelled; run the same labels.py extract "
-                            "again to finish")
+            raise UserError(
+                f"{folder}: only {done} of {len(self)} images are labelled; run the same labels.py extract "
+                "again to finish"
+            )
         self.words = read_words(self.folder / "words.txt")
         if digest(self.words) != self.meta["words"]:
             raise UserError(f"{folder}/words.txt: not the words that were labelled; put them back")
@@ -378,12 +628,18 @@ class LabelStore:
 
     def check(self, samples, geometry, grid):
         """Refuse to be used for other samples, another image geometry or another patch grid."""
-        run = dict(manifest=digest(s["image"] for s in samples), size=geometry["size"], mode=geometry["mode"],
-                   grid=list(grid))
+        run = dict(
+            manifest=digest(s["image"] for s in samples),
+            size=geometry["size"],
+            mode=geometry["mode"],
+            grid=list(grid),
+        )
         for field, value in run.items():
             if self.meta[field] != value:
-                raise UserError(f"{self.folder}: made with {field} = {self.meta[field]}, this run has {field} = "
-                                f"{value}; run labels.py extract for this data and vision tower with another --out")
+                raise UserError(
+                    f"{self.folder}: made with {field} = {self.meta[field]}, this run has {field} = "
+                    f"{value}; run labels.py extract for this data and vision tower with another --out"
+                )
 
 
 def _files(folder, name, rows, size):
@@ -392,15 +648,22 @@ def _files(folder, name, rows, size):
 
 def record_type(q, m, n):
     """Of one image in a store: q words, m patches, n labels."""
-    return np.dtype([("ids", np.uint16 if q < 65535 else np.int32, (m, n)), ("scores", np.float16, (m, n)),
-                     ("crc", np.uint32)])
+    return np.dtype(
+        [
+            ("ids", np.uint16 if q < 65535 else np.int32, (m, n)),
+            ("scores", np.float16, (m, n)),
+            ("crc", np.uint32),
+        ]
+    )
 
 
 def _load(path):
     try:
         return np.load(path, mmap_mode="r")
     except Exception as e:  # numpy has many ways to say that a file is not whole
-        raise UserError(f"{path}: missing or damaged ({e}); remove it and run the same labels.py extract again") from e
+        raise UserError(
+            f"{path}: missing or damaged ({e}); remove it and run the same labels.py extract again"
+        ) from e
 
 
 def _write(path, content):
@@ -420,8 +683,12 @@ def _wait(path):
 
 def _device():
     """This rank's. Products must be rounded as the bound in _search says."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = (
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    ) = False
+    return torch.device(
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    )
 
 
 def _start_store(folder, meta, words, rank):
@@ -430,7 +697,9 @@ def _start_store(folder, meta, words, rank):
     if rank == 0 and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("*.npy")):
-            raise UserError(f"{folder}: holds files of unknown settings (no meta.json); choose another --out")
+            raise UserError(
+                f"{folder}: holds files of unknown settings (no meta.json); choose another --out"
+            )
         _write(folder / "words.txt", "\n".join(words) + "\n")
         _write(path, json.dumps(meta, indent=1))  # last: with it, both are there
     _wait(path)
@@ -440,8 +709,10 @@ def _start_store(folder, meta, words, rank):
         raise UserError(f"{path}: damaged ({e}); choose another --out or remove the folder") from e
     for field in sorted(meta.keys() - {"data", "image_folder"}):
         if old.get(field) != meta[field]:
-            raise UserError(f"{folder}: holds labels with {field} = {old.get(field)}, asked for are {field} = "
-                            f"{meta[field]}; choose another --out or remove the folder")
+            raise UserError(
+                f"{folder}: holds labels with {field} = {old.get(field)}, asked for are {field} = "
+                f"{meta[field]}; choose another --out or remove the folder"
+            )
     if rank == 0:
         _write(path, json.dumps(meta, indent=1))  # where the data is now
 
@@ -452,20 +723,29 @@ def _word_matrix(folder, words, meta, encoder, rank=0, world=1):
     files = _files(folder, "words", len(words), size)
     for k in range(rank, len(files), world):
         if not files[k].exists():
-            _write(files[k], word_embeddings(encoder, words[k * size:(k + 1) * size], meta["prompt"]).cpu().numpy())
+            _write(
+                files[k],
+                word_embeddings(encoder, words[k * size : (k + 1) * size], meta["prompt"])
+                .cpu()
+                .numpy(),
+            )
     device, matrix = next(encoder.parameters()).device, None
     for k, path in enumerate(files):
         _wait(path)
         part = torch.from_numpy(_load(path).copy()).to(device)
         matrix = part.new_empty(len(words), part.shape[1]) if matrix is None else matrix
-        matrix[k * size:(k + 1) * size] = part
-    return F.normalize(matrix.sub_(matrix.mean(0)), dim=-1, out=matrix) if meta["center"] else matrix
+        matrix[k * size : (k + 1) * size] = part
+    return (
+        F.normalize(matrix.sub_(matrix.mean(0)), dim=-1, out=matrix) if meta["center"] else matrix
+    )
 
 
 def most_likely(ids, scores, mass, scale):
     """Beyond the paper: of each patch's labels the fewest whose probabilities, softmax(scale * score), add up to mass:
     few where CLIP is sure, many where it is not. ids, scores [P, n] as of nearest_words -> the same, cut short."""
-    probability = torch.softmax((scale * scores).masked_fill(ids < 0, -torch.inf), dim=-1).nan_to_num()
+    probability = torch.softmax(
+        (scale * scores).masked_fill(ids < 0, -torch.inf), dim=-1
+    ).nan_to_num()
     cut = probability.cumsum(-1) - probability >= mass
     return ids.masked_fill(cut, -1), scores.masked_fill(cut, 0)
 
@@ -476,38 +756,80 @@ def _read_batch(paths, geo, rows):
     return rows, torch.stack([geometry(image, **geo) for image in images]), crcs
 
 
-def extract(data: str, image_folder: str, words: str, out: str, encoder: str = "clip-l-336", pretrained: str = "",
-            path: Literal["", "last", "value", "vv"] = "", sign: Literal[0, -1, 1] = 0, prompt: str = PROMPT,
-            center: bool = False, n: int = 10, min_score: float = 0.0, mass: float = 1.0, batch_size: int = 32,
-            workers: int = 4, shard: int = 256, dtype: Literal["", "float32", "bfloat16"] = ""):
+def extract(
+    data: str,
+    image_folder: str,
+    words: str,
+    out: str,
+    encoder: str = "clip-l-336",
+    pretrained: str = "",
+    path: Literal["", "last", "value", "vv"] = "",
+    sign: Literal[0, -1, 1] = 0,
+    prompt: str = PROMPT,
+    center: bool = False,
+    n: int = 10,
+    min_score: float = 0.0,
+    mass: float = 1.0,
+    batch_size: int = 32,
+    workers: int = 4,
+    shard: int = 256,
+    dtype: Literal["", "float32", "bfloat16"] = "",
+):
     """Label the images of a data file with the words of a list (one a line) and write the store `out`; run again after
     an interruption, it goes on from there. encoder: clip-l-336, clip-l-224, siglip-384, a folder, or an open_clip name
     with its `pretrained` tag; path and sign: by default the encoder's; center: subtract the mean word; n: labels a
     patch, at most; mass: below 1, as many of them as make up this probability; shard: images a file, what an
     interruption can cost; dtype: of the encoder, bfloat16 on a GPU."""
     if not min_score >= 0 or not 0 < mass <= 1 or min(n, batch_size, shard) < 1:
-        raise UserError("--min_score must not be negative (scores become sampling probabilities, Eq. 9), --mass must "
-                        "be above 0 and at most 1, --n, --batch_size and --shard at least 1")
+        raise UserError(
+            "--min_score must not be negative (scores become sampling probabilities, Eq. 9), --mass must "
+            "be above 0 and at most 1, --n, --batch_size and --shard at least 1"
+        )
     if "{}" not in prompt:
         raise UserError(f"--prompt {prompt!r} has no {{}} for the word")
     if not Path(image_folder).is_dir():
         raise UserError(f"--image_folder {image_folder}: no such folder")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+    rank, world = (
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+    )  # as torchrun sets them
     device = _device()
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     samples, words, out = load_samples(data), read_words(words), Path(out)
     clip = load_encoder(encoder, pretrained, device)
-    path = path or (ENCODERS[encoder][2] if encoder in ENCODERS else next(iter(patch_paths(clip)), ""))
+    path = path or (
+        ENCODERS[encoder][2] if encoder in ENCODERS else next(iter(patch_paths(clip)), "")
+    )
     if not path:
-        raise UserError(f"--encoder {encoder}: has no patches to read; use a ViT without pooling of several queries")
+        raise UserError(
+            f"--encoder {encoder}: has no patches to read; use a ViT without pooling of several queries"
+        )
     sign = sign or usual_sign(clip, path)
     geo = encoder_geometry(clip)
-    m = patch_embeddings(clip, torch.zeros(1, 3, geo["size"], geo["size"], device=device), path).shape[1]
-    meta = dict(images=len(samples), manifest=digest(s["image"] for s in samples), words=digest(words),
-                encoder=str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder,
-                pretrained=pretrained, weights=weights_crc(clip), **geo, grid=[math.isqrt(m)] * 2, path=path, sign=sign,
-                prompt=prompt, center=center, n=n, min_score=min_score, mass=mass, shard=shard, dtype=dtype,
-                data=str(Path(data).resolve()), image_folder=str(Path(image_folder).resolve()))
+    m = patch_embeddings(
+        clip, torch.zeros(1, 3, geo["size"], geo["size"], device=device), path
+    ).shape[1]
+    meta = dict(
+        images=len(samples),
+        manifest=digest(s["image"] for s in samples),
+        words=digest(words),
+        encoder=str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder,
+        pretrained=pretrained,
+        weights=weights_crc(clip),
+        **geo,
+        grid=[math.isqrt(m)] * 2,
+        path=path,
+        sign=sign,
+        prompt=prompt,
+        center=center,
+        n=n,
+        min_score=min_score,
+        mass=mass,
+        shard=shard,
+        dtype=dtype,
+        data=str(Path(data).resolve()),
+        image_folder=str(Path(image_folder).resolve()),
+    )
     meta = json.loads(json.dumps(meta))  # as it will be read again
     _start_store(out, meta, words, rank)
 
@@ -516,12 +838,21 @@ def extract(data: str, image_folder: str, words: str, out: str, encoder: str = "
     record = record_type(len(words), m, n)
     files = _files(out, "labels", len(samples), shard)
     # which files are this rank's must not depend on what the others have done
-    todo = [range(k * shard, min((k + 1) * shard, len(samples))) for k in range(rank, len(files), world)
-            if not files[k].exists()]
-    batches = [list(rows[i:i + batch_size]) for rows in todo for i in range(0, len(rows), batch_size)]
+    todo = [
+        range(k * shard, min((k + 1) * shard, len(samples)))
+        for k in range(rank, len(files), world)
+        if not files[k].exists()
+    ]
+    batches = [
+        list(rows[i : i + batch_size]) for rows in todo for i in range(0, len(rows), batch_size)
+    ]
     paths = [Path(image_folder) / sample["image"] for sample in samples]
-    loader = DataLoader(range(len(paths)), batch_sampler=batches, num_workers=workers,
-                        collate_fn=functools.partial(_read_batch, paths, geo))
+    loader = DataLoader(
+        range(len(paths)),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=functools.partial(_read_batch, paths, geo),
+    )
     name = "labelling" if world == 1 else f"labelling (rank 0 of {world})"
     with tqdm(total=sum(map(len, todo)), desc=name, unit="img", disable=rank > 0) as bar:
         for rows, pixels, crcs in loader:
@@ -531,11 +862,13 @@ def extract(data: str, image_folder: str, words: str, out: str, encoder: str = "
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 patches = patch_embeddings(clip, pixels.to(device), path).flatten(0, 1)
             if not patches.isfinite().all():
-                raise UserError(f"{paths[rows[0]]} to {paths[rows[-1]]}: the encoder's output is not finite")
+                raise UserError(
+                    f"{paths[rows[0]]} to {paths[rows[-1]]}: the encoder's output is not finite"
+                )
             ids, scores = nearest_words(patches, word_embeds, n, sign, min_score)
             if mass < 1:
                 ids, scores = most_likely(ids, scores, mass, clip.logit_scale.exp())
-            done = records[at:at + len(rows)]
+            done = records[at : at + len(rows)]
             done["ids"] = ids.view(-1, m, n).cpu().numpy().astype(record["ids"].base)  # -1 -> 65535
             done["scores"], done["crc"] = scores.view(-1, m, n).cpu().numpy(), crcs
             if at + len(rows) == len(records):
@@ -551,8 +884,12 @@ def true_share(truth, words):
     patches}, truth: a JSON file {image: {kind: {patch: [words that are true]}}}, as toy.py writes it."""
     try:
         truth = json.loads(Path(truth).read_text())
-        judged = [(kind, patch_words[int(at)] in accepted) for image, patch_words in words.items()
-                  for kind, patches in truth[image].items() for at, accepted in patches.items()]
+        judged = [
+            (kind, patch_words[int(at)] in accepted)
+            for image, patch_words in words.items()
+            for kind, patches in truth[image].items()
+            for at, accepted in patches.items()
+        ]
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"--truth {truth}: not a truth file of these images ({e!r})"[:300]) from e
     judged += [("all", hit) for _, hit in judged]
@@ -567,34 +904,62 @@ def draw_words(pictures, grid, columns, path, named=16, gap=12):
     """
     (H, W), cell = grid, max(40, 448 // grid[1])
     counts = [collections.Counter(filter(None, words)) for _, words in pictures]
-    color = {word: tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618 % 1, 1, 1))
-             for k, (word, _) in enumerate(sum(counts, collections.Counter()).most_common(2 * named))}
+    color = {
+        word: tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618 % 1, 1, 1))
+        for k, (word, _) in enumerate(sum(counts, collections.Counter()).most_common(2 * named))
+    }
     a_line, grey = W * cell // 112, (140, 140, 140)
     width = W * cell + gap
     height = H * cell + gap + 20 * -(-min(named, max(map(len, counts))) // a_line)
-    sheet = Image.new("RGB", (columns * width + gap, -(-len(pictures) // columns) * height + gap), "white")
+    sheet = Image.new(
+        "RGB", (columns * width + gap, -(-len(pictures) // columns) * height + gap), "white"
+    )
     draw = ImageDraw.Draw(sheet, "RGBA")
     for i, ((pixels, words), count) in enumerate(zip(pictures, counts)):
         left, top = gap + i % columns * width, gap + i // columns * height
-        image = Image.fromarray((pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+        image = Image.fromarray(
+            (pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        )
         image = image.resize((W * cell, H * cell), Image.Resampling.LANCZOS)
         sheet.paste(image.convert("L") if words else image, (left, top))
         for at, word in enumerate(words):
             x, y = left + at % W * cell, top + at // W * cell
             if word:
-                draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=(*color.get(word, grey), 100))
-                draw.text((x + cell / 2, y + cell / 2), word, anchor="mm", fill="white", stroke_fill="black",
-                          stroke_width=1, font=ImageFont.load_default(min(cell / 4, 1.7 * cell / len(word))))
+                draw.rectangle(
+                    (x, y, x + cell - 1, y + cell - 1), fill=(*color.get(word, grey), 100)
+                )
+                draw.text(
+                    (x + cell / 2, y + cell / 2),
+                    word,
+                    anchor="mm",
+                    fill="white",
+                    stroke_fill="black",
+                    stroke_width=1,
+                    font=ImageFont.load_default(min(cell / 4, 1.7 * cell / len(word))),
+                )
         for k, (word, patches) in enumerate(count.most_common(named)):
             x, y = left + k % a_line * 112, top + H * cell + 4 + k // a_line * 20
             draw.rectangle((x, y, x + 14, y + 14), fill=color.get(word, grey))
-            draw.text((x + 19, y + 7), f"{word} {patches}", anchor="lm", fill="black", font=ImageFont.load_default(12))
+            draw.text(
+                (x + 19, y + 7),
+                f"{word} {patches}",
+                anchor="lm",
+                fill="black",
+                font=ImageFont.load_default(12),
+            )
     sheet.save(path)
     print(f"wrote {path}")
 
 
-def show(labels: str, out: str = "labels.png", images: int = 4, truth: str = "", data: str = "",
-         image_folder: str = "", sample: int = 500):
+def show(
+    labels: str,
+    out: str = "labels.png",
+    images: int = 4,
+    truth: str = "",
+    data: str = "",
+    image_folder: str = "",
+    sample: int = 500,
+):
     """Print what a sample of the labels is like: how many, how sure, which words; with a truth.json how true, for every
     path and sign that the encoder has. Draw images beside their patches' best words. data, image_folder: if they have
     moved since the labels were made."""
@@ -604,27 +969,39 @@ def show(labels: str, out: str = "labels.png", images: int = 4, truth: str = "",
     rows = np.linspace(0, len(store) - 1, max(1, min(sample, len(store)))).astype(int)
     ids, scores = map(torch.stack, zip(*(store[i] for i in rows)))  # (images, m, n)
     count, filled = (ids >= 0).sum(-1), (ids >= 0).float().mean().item()
-    best = {samples[i]["image"]: [store.words[w] if w >= 0 else "" for w in first]
-            for i, first in zip(rows, ids[..., 0])}
+    best = {
+        samples[i]["image"]: [store.words[w] if w >= 0 else "" for w in first]
+        for i, first in zip(rows, ids[..., 0])
+    }
     frequent = collections.Counter(word for words in best.values() for word in words if word)
     share = np.array(list(frequent.values())) / max(1, frequent.total())
     bits = float((share * np.log2(1 / share)).sum())
-    print(f"{len(store):,} images, {len(store.words):,} words; in {len(ids)} of the images "
-          f"{(count > 0).float().mean():.1%} of the patches have a label, {count.float().mean():.1f} of at most "
-          f"{meta['n']}")
+    print(
+        f"{len(store):,} images, {len(store.words):,} words; in {len(ids)} of the images "
+        f"{(count > 0).float().mean():.1%} of the patches have a label, {count.float().mean():.1f} of at most "
+        f"{meta['n']}"
+    )
     heights, edges = np.histogram(scores[ids >= 0].numpy(), bins=10)
     for height, low, high in zip(heights, edges, edges[1:]):
-        print(f"  score {low:.3f} to {high:.3f} {height / max(1, heights.sum()):6.1%} "
-              + "#" * round(50 * height / max(1, heights.max())))
-    print(f"{len(frequent):,} different best words, {bits:.1f} bits of entropy (as of {2**bits:.0f} equally frequent "
-          f"ones): {', '.join(f'{w} {c / frequent.total():.1%}' for w, c in frequent.most_common(10))}")
+        print(
+            f"  score {low:.3f} to {high:.3f} {height / max(1, heights.sum()):6.1%} "
+            + "#" * round(50 * height / max(1, heights.max()))
+        )
+    print(
+        f"{len(frequent):,} different best words, {bits:.1f} bits of entropy (as of {2**bits:.0f} equally frequent "
+        f"ones): {', '.join(f'{w} {c / frequent.total():.1%}' for w, c in frequent.most_common(10))}"
+    )
     if not 0.01 < filled < 0.99:
-        print(f"warning: min_score {meta['min_score']} lets {'nearly all' if filled > 0.5 else 'hardly any'} of the "
-              "best words pass; look at the scores above, and try another --min_score, --center, --sign or --path")
+        print(
+            f"warning: min_score {meta['min_score']} lets {'nearly all' if filled > 0.5 else 'hardly any'} of the "
+            "best words pass; look at the scores above, and try another --min_score, --center, --sign or --path"
+        )
     pictures = []
     place = Path(image_folder or meta["image_folder"])
     for name in list(best)[:: max(1, len(best) // max(images, 1))][: max(images, 1)]:
-        pixels = geometry(read_image(place / name)[0], meta["size"], meta["mode"], mean=(0,) * 3, std=(1,) * 3)
+        pixels = geometry(
+            read_image(place / name)[0], meta["size"], meta["mode"], mean=(0,) * 3, std=(1,) * 3
+        )
         pictures += [(pixels, []), (pixels, best[name])]
     draw_words(pictures, meta["grid"], 4 if len(pictures) > 2 else 2, out)
     if truth:
@@ -643,18 +1020,24 @@ def _try_paths(store, samples, rows, image_folder, truth):
     device, meta = _device(), store.meta
     clip = load_encoder(meta["encoder"], meta["pretrained"], device)
     if weights_crc(clip) != meta["weights"]:
-        raise UserError(f"{meta['encoder']}: its weights have changed since {store.folder} was made")
+        raise UserError(
+            f"{meta['encoder']}: its weights have changed since {store.folder} was made"
+        )
     word_embeds, geo = _word_matrix(store.folder, store.words, meta, clip), encoder_geometry(clip)
     paths = {i: image_folder / samples[i]["image"] for i in rows}
     for path in patch_paths(clip):
         best = {1: {}, -1: {}}
         for part in np.array_split(rows, -(-len(rows) // 32)):
             with torch.autocast(device.type, torch.bfloat16, enabled=meta["dtype"] == "bfloat16"):
-                patches = patch_embeddings(clip, _read_batch(paths, geo, part)[1].to(device), path).flatten(0, 1)
+                patches = patch_embeddings(
+                    clip, _read_batch(paths, geo, part)[1].to(device), path
+                ).flatten(0, 1)
             for sign in best:
                 ids = nearest_words(patches, word_embeds, 1, sign)[0].view(len(part), -1)
-                best[sign] |= {samples[i]["image"]: [store.words[w] if w >= 0 else "" for w in row]
-                               for i, row in zip(part, ids)}
+                best[sign] |= {
+                    samples[i]["image"]: [store.words[w] if w >= 0 else "" for w in row]
+                    for i, row in zip(part, ids)
+                }
         for sign, words in best.items():
             print(f"{path:>7}, sign {sign:+}: {_shares(truth, words)}")
 

@@ -19,7 +19,9 @@ def _uniform(shape, generator, device):
     if isinstance(generator, (list, tuple)):
         noise = [torch.rand(shape[1:], generator=g, device=g.device) for g in generator]
         return torch.stack(noise).to(device) if noise else torch.empty(shape, device=device)
-    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device)
+    return torch.rand(
+        shape, generator=generator, device=generator.device if generator else device
+    ).to(device)
 
 
 def _at_least_fp32(x):
@@ -66,7 +68,9 @@ def one_patch_per_label(labels, generator=None, priority=None):
     if priority is None:
         priority = _uniform(labels.shape, generator, labels.device)
     order = priority.argsort(stable=True)
-    grouped, by_label = labels[order].sort(stable=True)  # within a label, still in order of priority
+    grouped, by_label = labels[order].sort(
+        stable=True
+    )  # within a label, still in order of priority
     first = grouped >= 0
     first[1:] &= grouped[1:] != grouped[:-1]
     return order[by_label[first]]
@@ -83,7 +87,9 @@ def sample_pairs(label_ids, label_scores, grid, window, generator=None):
     labelled = ((label_ids >= 0) & (label_scores > 0)).any(-1)
     patch = sample_windows(labelled.view(B, *grid), window, generator)  # (B, windows)
     at = patch.clamp(min=0).unsqueeze(-1).expand(-1, -1, n)
-    label = sample_labels(label_ids.gather(1, at), label_scores.gather(1, at), generator).masked_fill(patch < 0, -1)
+    label = sample_labels(
+        label_ids.gather(1, at), label_scores.gather(1, at), generator
+    ).masked_fill(patch < 0, -1)
     priority = _uniform(label.shape, generator, label.device)
     patch = patch.clamp(min=0) + m * torch.arange(B, device=patch.device).unsqueeze(1)
     return patch.flatten(), label.flatten(), priority.flatten()
@@ -123,7 +129,9 @@ def _contrastive(x, t, log_scale, rows=slice(None)):
         target = torch.arange(N, device=x.device)[rows]
         x_to_t = scale * x[rows] @ t.T  # (rows, N)
         t_to_x = scale * t[rows] @ x.T
-        loss = F.cross_entropy(x_to_t, target, reduction="sum") + F.cross_entropy(t_to_x, target, reduction="sum")
+        loss = F.cross_entropy(x_to_t, target, reduction="sum") + F.cross_entropy(
+            t_to_x, target, reduction="sum"
+        )
     return loss / (2 * N), (x_to_t.argmax(-1) == target).sum()
 
 
@@ -143,8 +151,17 @@ class _AllGather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def sea_loss(visual_tokens, label_ids, label_scores, word_vectors, log_scale, grid, window=2, generator=None,
-             gather=False):
+def sea_loss(
+    visual_tokens,
+    label_ids,
+    label_scores,
+    word_vectors,
+    log_scale,
+    grid,
+    window=2,
+    generator=None,
+    gather=False,
+):
     """Eq. 9 to 11 in order: windows, labels, one patch per label, contrastive loss.
 
     visual_tokens [B, m, D] (the adapter's output), label_ids and label_scores [B, m, n], word_vectors a function
@@ -157,18 +174,25 @@ def sea_loss(visual_tokens, label_ids, label_scores, word_vectors, log_scale, gr
     loss, and the gradient, of one process that holds the whole batch. Ranks may hold different numbers of images.
     """
     if label_ids.shape[1] != grid[0] * grid[1] or visual_tokens.shape[:2] != label_ids.shape[:2]:
-        raise ValueError(f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)} must both "
-                         f"be [B, {grid[0]} x {grid[1]}, ...]")
+        raise ValueError(
+            f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)} must both "
+            f"be [B, {grid[0]} x {grid[1]}, ...]"
+        )
     patch, label, priority = sample_pairs(label_ids, label_scores, grid, window, generator)
     x, rows, world = visual_tokens.flatten(0, 1)[patch.to(visual_tokens.device)], slice(None), 1
     if gather:
         world, slots = dist.get_world_size(), torch.tensor(len(x), device=x.device)
         dist.all_reduce(slots, dist.ReduceOp.MAX)
-        pad = (0, int(slots) - len(x))  # ragged ranks meet in a common number of slots, the empty ones labelled -1
+        pad = (
+            0,
+            int(slots) - len(x),
+        )  # ragged ranks meet in a common number of slots, the empty ones labelled -1
         x = _AllGather.apply(F.pad(x, (0, 0, *pad)))
         label = _AllGather.apply(F.pad(label, pad, value=-1).to(x.device))
         priority = _AllGather.apply(F.pad(priority, pad).to(x.device))
-    kept = one_patch_per_label(label, priority=priority)  # the same on every rank: equal inputs, stable sorts
+    kept = one_patch_per_label(
+        label, priority=priority
+    )  # the same on every rank: equal inputs, stable sorts
     if gather:
         rows = (kept // slots == dist.get_rank()).nonzero().flatten()
     loss, matched = _contrastive(x[kept.to(x.device)], word_vectors(label[kept]), log_scale, rows)

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
-os.environ["OMP_NUM_THREADS"] = "1"  # what is this small runs fastest so; child processes inherit it
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # what is this small runs fastest so; child processes inherit it
+)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
@@ -29,7 +31,11 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import data
 
-SIZE, PATCH, WORDS = 30, 6, ["red", "blue", "green", "dark", "striped", "wall", "sky", "door", "tall", "ocean"]
+SIZE, PATCH, WORDS = (
+    30,
+    6,
+    ["red", "blue", "green", "dark", "striped", "wall", "sky", "door", "tall", "ocean"],
+)
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
 
@@ -37,10 +43,20 @@ def tiny_tokenizer(text):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<s>", "</s>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -48,45 +64,108 @@ def world(tmp_path_factory):
     """Folder with vision/ llm/ clip/ images/ train.json words.txt; 5 x 5 patches, so that 2 x 2 windows do not fit."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("world")
-    vision = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                                              num_attention_heads=2, image_size=SIZE, patch_size=PATCH))
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=SIZE,
+            patch_size=PATCH,
+        )
+    )
     vision.save_pretrained(root / "vision")
-    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN,
-                       image_std=STD).save_pretrained(root / "vision")
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=MEAN,
+        image_std=STD,
+    ).save_pretrained(root / "vision")
 
     rng = np.random.default_rng(0)
     samples = []
     (root / "images").mkdir()
     for i in range(24):
         caption = f"a {WORDS[rng.integers(4)]} {WORDS[4 + rng.integers(5)]} beside the {WORDS[rng.integers(10)]} door."
-        pixels = rng.integers(0, 256, (rng.integers(31, 60), rng.integers(31, 60), 3), dtype=np.uint8)
+        pixels = rng.integers(
+            0, 256, (rng.integers(31, 60), rng.integers(31, 60), 3), dtype=np.uint8
+        )
         Image.fromarray(pixels).save(root / f"images/{i}.png")
-        samples.append({"id": str(i), "image": f"{i}.png", "conversations": [
-            {"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": caption}]})
+        samples.append(
+            {
+                "id": str(i),
+                "image": f"{i}.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nDescribe the image."},
+                    {"from": "gpt", "value": caption},
+                ],
+            }
+        )
     (root / "train.json").write_text(json.dumps(samples))
     (root / "words.txt").write_text("\n".join(WORDS) + "\n")
     chats = []  # for stage 2: 10 with an image, 7 without, of one to three rounds
     for i in range(17):
-        turns = [{"from": who, "value": f"{word} {WORDS[rng.integers(10)]}" * int(rng.integers(1, 5))}
-                 for _ in range(rng.integers(1, 4)) for who, word in (("human", "which"), ("gpt", "the"))]
+        turns = [
+            {"from": who, "value": f"{word} {WORDS[rng.integers(10)]}" * int(rng.integers(1, 5))}
+            for _ in range(rng.integers(1, 4))
+            for who, word in (("human", "which"), ("gpt", "the"))
+        ]
         chats.append({"id": str(i), "image": f"{i}.png" if i < 10 else "", "conversations": turns})
     (root / "chats.jsonl").write_text("".join(json.dumps(s) + "\n" for s in chats))
 
     tokenizer = tiny_tokenizer(s["conversations"][1]["value"] for s in samples)
     tokenizer.save_pretrained(root / "llm")
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, num_hidden_layers=2,
-                                 num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-                                 initializer_range=0.3, bos_token_id=0, eos_token_id=1,
-                                 pad_token_id=2)).save_pretrained(root / "llm")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    ).save_pretrained(root / "llm")
 
-    config = {"embed_dim": 16, "vision_cfg": {"image_size": SIZE, "patch_size": PATCH, "width": 32, "layers": 3,
-                                              "head_width": 16, "mlp_ratio": 1.5},
-              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": SIZE,
+            "patch_size": PATCH,
+            "width": 32,
+            "layers": 3,
+            "head_width": 16,
+            "mlp_ratio": 1.5,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
     clip = open_clip.CLIP(**config)
     (root / "clip").mkdir()
     save_file(clip.state_dict(), root / "clip/open_clip_model.safetensors")
-    (root / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {
-        "size": SIZE, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}}))
+    (root / "clip/open_clip_config.json").write_text(
+        json.dumps(
+            {
+                "model_cfg": config,
+                "preprocess_cfg": {
+                    "size": SIZE,
+                    "mean": MEAN,
+                    "std": STD,
+                    "interpolation": "bicubic",
+                    "resize_mode": "shortest",
+                },
+            }
+        )
+    )
     return root
 
 
@@ -94,17 +173,49 @@ def world(tmp_path_factory):
 def labels(world):
     """The label store of the tiny world."""
     from labels import extract
-    extract(str(world / "train.json"), str(world / "images"), str(world / "words.txt"), str(world / "labels"),
-            encoder=str(world / "clip"), path="last", sign=1, n=3)
+
+    extract(
+        str(world / "train.json"),
+        str(world / "images"),
+        str(world / "words.txt"),
+        str(world / "labels"),
+        encoder=str(world / "clip"),
+        path="last",
+        sign=1,
+        n=3,
+    )
     return world / "labels"
 
 
 @pytest.fixture(scope="session")
 def flags(world, labels):
     """The flags of a short training run in the tiny world, without --out_dir."""
-    return ["--llm", f"{world}/llm", "--vision", f"{world}/vision", "--data", f"{world}/train.json", "--image_folder",
-            f"{world}/images", "--labels", str(labels), "--val_data", f"{world}/train.json", "--val_samples", "4",
-            "--batch_size", "4", "--max_steps", "6", "--val_every", "3", "--save_every", "0", "--workers", "0"]
+    return [
+        "--llm",
+        f"{world}/llm",
+        "--vision",
+        f"{world}/vision",
+        "--data",
+        f"{world}/train.json",
+        "--image_folder",
+        f"{world}/images",
+        "--labels",
+        str(labels),
+        "--val_data",
+        f"{world}/train.json",
+        "--val_samples",
+        "4",
+        "--batch_size",
+        "4",
+        "--max_steps",
+        "6",
+        "--val_every",
+        "3",
+        "--save_every",
+        "0",
+        "--workers",
+        "0",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -112,12 +223,40 @@ def finetune_flags(world, flags, tmp_path_factory):
     """The flags of a short stage 2 in the tiny world, after a stage 1, without --out_dir. In its fourth step one
     micro-batch holds images and the other text only."""
     import train
+
     one = tmp_path_factory.mktemp("one") / "run"
     train.main([*flags, "--out_dir", str(one)])
-    return ["--stage", "finetune", "--init", str(one), "--data", f"{world}/chats.jsonl", "--image_folder",
-            f"{world}/images", "--val_data", f"{world}/chats.jsonl", "--val_samples", "5", "--batch_size", "2",
-            "--max_steps", "6", "--val_every", "3", "--save_every", "0", "--keep", "0", "--workers", "0", "--lr",
-            "1e-3", "--tune_vision", "--vision_lr", "1e-3"]
+    return [
+        "--stage",
+        "finetune",
+        "--init",
+        str(one),
+        "--data",
+        f"{world}/chats.jsonl",
+        "--image_folder",
+        f"{world}/images",
+        "--val_data",
+        f"{world}/chats.jsonl",
+        "--val_samples",
+        "5",
+        "--batch_size",
+        "2",
+        "--max_steps",
+        "6",
+        "--val_every",
+        "3",
+        "--save_every",
+        "0",
+        "--keep",
+        "0",
+        "--workers",
+        "0",
+        "--lr",
+        "1e-3",
+        "--tune_vision",
+        "--vision_lr",
+        "1e-3",
+    ]
 
 
 @pytest.fixture
@@ -128,6 +267,7 @@ def samples(world):
 def sentencepiece_tokenizer(folder, bos):
     """Mistral's first tokenizer: SentencePiece with 32,000 pieces and byte fallback, as Vicuna's and Phi-3's."""
     import mistral_common
+
     folder.mkdir(exist_ok=True)
     source = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
     (folder / "tokenizer.model").write_bytes(source.read_bytes())
@@ -136,17 +276,32 @@ def sentencepiece_tokenizer(folder, bos):
 
 def llama3_tokenizer():
     import llama_models
+
     source = Path(llama_models.__file__).parent / "llama3/tokenizer.model"
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-    special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>",
-               reserved[4], "<|eot_id|>", *reserved[5:251]]
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-               r"\s*[\r\n]+|\s+(?!\S)|\s+")
-    tokenizer = TikTokenConverter(vocab_file=str(source), pattern=pattern, extra_special_tokens=special).converted()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A",
-                                                             special_tokens=[("<|begin_of_text|>", 128000)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin_of_text|>",
-                                   eos_token="<|end_of_text|>")
+    special = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        *reserved[:4],
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        reserved[4],
+        "<|eot_id|>",
+        *reserved[5:251],
+    ]
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer = TikTokenConverter(
+        vocab_file=str(source), pattern=pattern, extra_special_tokens=special
+    ).converted()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -154,12 +309,22 @@ def tokenizer_folders(tmp_path_factory):
     """{chat format: folder of a tokenizer}: real ones, but for Gemma's and ChatML's, which are small byte-level BPEs
     with those families' turn markers (Gemma's real one is in test_real.py)."""
     root = tmp_path_factory.mktemp("tokenizers")
-    found = {"vicuna": sentencepiece_tokenizer(root / "sp", bos=True), "llama-3": llama3_tokenizer()}
+    found = {
+        "vicuna": sentencepiece_tokenizer(root / "sp", bos=True),
+        "llama-3": llama3_tokenizer(),
+    }
     found["phi-3"] = sentencepiece_tokenizer(root / "sp", bos=False)
     found["phi-3"].add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
-    found["phi-3"].add_tokens([AddedToken(t, special=True, rstrip=True, normalized=False)
-                               for t in ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")])
-    for name, markers in (("gemma", ["<start_of_turn>", "<end_of_turn>"]), ("chatml", ["<|im_start|>", "<|im_end|>"])):
+    found["phi-3"].add_tokens(
+        [
+            AddedToken(t, special=True, rstrip=True, normalized=False)
+            for t in ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+        ]
+    )
+    for name, markers in (
+        ("gemma", ["<start_of_turn>", "<end_of_turn>"]),
+        ("chatml", ["<|im_start|>", "<|im_end|>"]),
+    ):
         found[name] = tiny_tokenizer(["what is on the table? a red cup."])
         found[name].add_tokens([AddedToken(t, special=True, normalized=False) for t in markers])
     for name, tokenizer in found.items():

@@ -43,8 +43,13 @@ for case, (tokens, ids, scores, table, log_scale, counts) in ragged_inputs().ite
     rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     x, s = tokens[rows].clone().requires_grad_(), log_scale.clone().requires_grad_()
     generators = [torch.Generator().manual_seed(i) for i in range(len(ids))[rows]]
-    loss, stats = sea_loss(x, ids[rows], scores[rows], table.__getitem__, s, (3, 3), 2, generators, gather=True)
+    loss, stats = sea_loss(
+        x, ids[rows], scores[rows], table.__getitem__, s, (3, 3), 2, generators, gather=True
+    )
     loss.backward()
-    torch.save(dict(loss=loss.detach(), x=x.grad, s=s.grad, pairs=stats["pairs"]), out / f"{case}_{rank}.pt")
+    torch.save(
+        dict(loss=loss.detach(), x=x.grad, s=s.grad, pairs=stats["pairs"]),
+        out / f"{case}_{rank}.pt",
+    )
 dist.barrier()
 dist.destroy_process_group()

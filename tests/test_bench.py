@@ -23,60 +23,214 @@ import train
 from data import UserError
 from model import SEAModel
 
-LLAMA = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu", rms_norm_eps=1e-5,
-             bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+LLAMA = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    hidden_act="silu",
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+)
 LLMS = {
-    "vicuna-7b": LLAMA | dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                              num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096, pad_token_id=0),
-    "vicuna-13b": LLAMA | dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
-                               num_key_value_heads=40, vocab_size=32000, max_position_embeddings=4096, pad_token_id=0),
-    "llama-3-8b": LLAMA | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                               num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
-                               rope_theta=500000.0, bos_token_id=128000, eos_token_id=128009),
-    "gemma-2b": dict(model_type="gemma", architectures=["GemmaForCausalLM"], hidden_act="gelu",
-                     hidden_activation="gelu_pytorch_tanh", hidden_size=2048, intermediate_size=16384,
-                     num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, head_dim=256,
-                     vocab_size=256000, max_position_embeddings=8192, rms_norm_eps=1e-6, rope_theta=10000.0,
-                     bos_token_id=2, eos_token_id=1, pad_token_id=0),
-    "phi-3-mini": dict(model_type="phi3", architectures=["Phi3ForCausalLM"], hidden_act="silu", hidden_size=3072,
-                       intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-                       vocab_size=32064, max_position_embeddings=4096, original_max_position_embeddings=4096,
-                       rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=2047, tie_word_embeddings=False,
-                       bos_token_id=1, eos_token_id=32000, pad_token_id=32000),
-    "qwen3-0.6b": dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], hidden_act="silu", hidden_size=1024,
-                       intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-                       head_dim=128, vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
-                       rope_theta=1000000, tie_word_embeddings=True, bos_token_id=151643, eos_token_id=151645),
+    "vicuna-7b": LLAMA
+    | dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    ),
+    "vicuna-13b": LLAMA
+    | dict(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    ),
+    "llama-3-8b": LLAMA
+    | dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        bos_token_id=128000,
+        eos_token_id=128009,
+    ),
+    "gemma-2b": dict(
+        model_type="gemma",
+        architectures=["GemmaForCausalLM"],
+        hidden_act="gelu",
+        hidden_activation="gelu_pytorch_tanh",
+        hidden_size=2048,
+        intermediate_size=16384,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=256,
+        vocab_size=256000,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    ),
+    "phi-3-mini": dict(
+        model_type="phi3",
+        architectures=["Phi3ForCausalLM"],
+        hidden_act="silu",
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32064,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        sliding_window=2047,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=32000,
+        pad_token_id=32000,
+    ),
+    "qwen3-0.6b": dict(
+        model_type="qwen3",
+        architectures=["Qwen3ForCausalLM"],
+        hidden_act="silu",
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000,
+        tie_word_embeddings=True,
+        bos_token_id=151643,
+        eos_token_id=151645,
+    ),
 }
-CLIP_STATS = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+CLIP_STATS = dict(
+    image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711]
+)
 # config.json, preprocessor_config.json
 TOWERS = {
     "clip-l-336": (
-        dict(model_type="clip", architectures=["CLIPModel"], projection_dim=768,
-             text_config=dict(model_type="clip_text_model", hidden_size=768, intermediate_size=3072,
-                              num_attention_heads=12, num_hidden_layers=12, projection_dim=768),
-             vision_config=dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096,
-                                num_attention_heads=16, num_hidden_layers=24, image_size=336, patch_size=14,
-                                projection_dim=768)),
-        dict(image_processor_type="CLIPImageProcessor", feature_extractor_type="CLIPFeatureExtractor", size=336,
-             crop_size=336, do_resize=True, do_center_crop=True, do_normalize=True, resample=3, **CLIP_STATS)),
+        dict(
+            model_type="clip",
+            architectures=["CLIPModel"],
+            projection_dim=768,
+            text_config=dict(
+                model_type="clip_text_model",
+                hidden_size=768,
+                intermediate_size=3072,
+                num_attention_heads=12,
+                num_hidden_layers=12,
+                projection_dim=768,
+            ),
+            vision_config=dict(
+                model_type="clip_vision_model",
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_attention_heads=16,
+                num_hidden_layers=24,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            ),
+        ),
+        dict(
+            image_processor_type="CLIPImageProcessor",
+            feature_extractor_type="CLIPFeatureExtractor",
+            size=336,
+            crop_size=336,
+            do_resize=True,
+            do_center_crop=True,
+            do_normalize=True,
+            resample=3,
+            **CLIP_STATS,
+        ),
+    ),
     "siglip-384": (
-        dict(model_type="siglip", architectures=["SiglipModel"],
-             text_config=dict(model_type="siglip_text_model", hidden_size=1152, intermediate_size=4304,
-                              num_attention_heads=16, num_hidden_layers=27),
-             vision_config=dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
-                                num_attention_heads=16, num_hidden_layers=27, image_size=384, patch_size=14)),
-        dict(image_processor_type="SiglipImageProcessor", processor_class="SiglipProcessor", do_resize=True,
-             do_rescale=True, do_normalize=True, rescale_factor=1 / 255, resample=3, size=dict(height=384, width=384),
-             image_mean=[0.5] * 3, image_std=[0.5] * 3)),
+        dict(
+            model_type="siglip",
+            architectures=["SiglipModel"],
+            text_config=dict(
+                model_type="siglip_text_model",
+                hidden_size=1152,
+                intermediate_size=4304,
+                num_attention_heads=16,
+                num_hidden_layers=27,
+            ),
+            vision_config=dict(
+                model_type="siglip_vision_model",
+                hidden_size=1152,
+                intermediate_size=4304,
+                num_attention_heads=16,
+                num_hidden_layers=27,
+                image_size=384,
+                patch_size=14,
+            ),
+        ),
+        dict(
+            image_processor_type="SiglipImageProcessor",
+            processor_class="SiglipProcessor",
+            do_resize=True,
+            do_rescale=True,
+            do_normalize=True,
+            rescale_factor=1 / 255,
+            resample=3,
+            size=dict(height=384, width=384),
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ),
+    ),
     "dinov2-224": (
-        dict(model_type="dinov2", architectures=["Dinov2Model"], hidden_size=1024, num_hidden_layers=24,
-             num_attention_heads=16, mlp_ratio=4, image_size=518, patch_size=14, hidden_act="gelu", qkv_bias=True,
-             layerscale_value=1.0, use_swiglu_ffn=False),
-        dict(image_processor_type="BitImageProcessor", do_resize=True, do_center_crop=True, do_convert_rgb=True,
-             do_rescale=True, do_normalize=True, rescale_factor=1 / 255, resample=3, size=dict(shortest_edge=256),
-             crop_size=dict(height=224, width=224), image_mean=[0.485, 0.456, 0.406],
-             image_std=[0.229, 0.224, 0.225])),
+        dict(
+            model_type="dinov2",
+            architectures=["Dinov2Model"],
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            mlp_ratio=4,
+            image_size=518,
+            patch_size=14,
+            hidden_act="gelu",
+            qkv_bias=True,
+            layerscale_value=1.0,
+            use_swiglu_ffn=False,
+        ),
+        dict(
+            image_processor_type="BitImageProcessor",
+            do_resize=True,
+            do_center_crop=True,
+            do_convert_rgb=True,
+            do_rescale=True,
+            do_normalize=True,
+            rescale_factor=1 / 255,
+            resample=3,
+            size=dict(shortest_edge=256),
+            crop_size=dict(height=224, width=224),
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        ),
+    ),
 }
 
 
@@ -108,23 +262,46 @@ def dry_run(flags):
 
 
 # Published: the safetensors index of each model on the hub.
-LLM_SIZES = {"vicuna-7b": 6_738_415_616, "vicuna-13b": 13_015_864_320, "gemma-2b": 2_506_172_416,
-             "phi-3-mini": 3_821_079_552, "llama-3-8b": 8_030_261_248, "qwen3-0.6b": 596_049_920}
+LLM_SIZES = {
+    "vicuna-7b": 6_738_415_616,
+    "vicuna-13b": 13_015_864_320,
+    "gemma-2b": 2_506_172_416,
+    "phi-3-mini": 3_821_079_552,
+    "llama-3-8b": 8_030_261_248,
+    "qwen3-0.6b": 596_049_920,
+}
 # From the papers' shapes: a block has 4 d (d + 1) for attention, 2 d i + i + d for the MLP, 4 d for two norms, and
 # DINOv2 2 d for two layer scales.
 CLIP_BLOCK = 4 * 1024 * 1025 + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
 SIGLIP_MLP = 2 * 1152 * 4304 + 4304 + 1152
 SIGLIP_BLOCK = 4 * 1152 * 1153 + SIGLIP_MLP + 4 * 1152
-CLIP_EMBED = 1024 + 1024 * 3 * 14 * 14 + (24 * 24 + 1) * 1024  # class token, patches without bias, positions
+CLIP_EMBED = (
+    1024 + 1024 * 3 * 14 * 14 + (24 * 24 + 1) * 1024
+)  # class token, patches without bias, positions
 SIGLIP_EMBED = 1152 * 3 * 14 * 14 + 1152 + 27 * 27 * 1152
 TOWER_SIZES = {
     "clip-l-336": CLIP_EMBED + 24 * CLIP_BLOCK + 4 * 1024,  # a norm before the blocks, one after
     # a norm after the blocks; the attention pooling: its query, attention, norm, MLP
-    "siglip-384": SIGLIP_EMBED + 27 * SIGLIP_BLOCK + 2 * 1152 + 1152 + 4 * 1152 * 1153 + 2 * 1152 + SIGLIP_MLP,
+    "siglip-384": SIGLIP_EMBED
+    + 27 * SIGLIP_BLOCK
+    + 2 * 1152
+    + 1152
+    + 4 * 1152 * 1153
+    + 2 * 1152
+    + SIGLIP_MLP,
     "dinov2-224": 304_368_640,  # published; positions of 37 x 37 patches, whatever the crop
 }
-WIDTHS = {"vicuna-7b": 4096, "vicuna-13b": 5120, "gemma-2b": 2048, "phi-3-mini": 3072, "llama-3-8b": 4096,
-          "qwen3-0.6b": 1024, "clip-l-336": 1024, "siglip-384": 1152, "dinov2-224": 1024}
+WIDTHS = {
+    "vicuna-7b": 4096,
+    "vicuna-13b": 5120,
+    "gemma-2b": 2048,
+    "phi-3-mini": 3072,
+    "llama-3-8b": 4096,
+    "qwen3-0.6b": 1024,
+    "clip-l-336": 1024,
+    "siglip-384": 1152,
+    "dinov2-224": 1024,
+}
 PATCHES = {"clip-l-336": 24 * 24, "siglip-384": 27 * 27, "dinov2-224": 16 * 16}
 
 
@@ -132,8 +309,13 @@ def test_tower_sizes_by_hand_are_the_published_ones():
     assert TOWER_SIZES["clip-l-336"] == 303_507_456 and TOWER_SIZES["siglip-384"] == 428_225_600
 
 
-@pytest.mark.parametrize("llm, vision", [("vicuna-7b", "dinov2-224"), *(
-    (llm, vision) for vision in ("clip-l-336", "siglip-384") for llm in LLM_SIZES)])
+@pytest.mark.parametrize(
+    "llm, vision",
+    [
+        ("vicuna-7b", "dinov2-224"),
+        *((llm, vision) for vision in ("clip-l-336", "siglip-384") for llm in LLM_SIZES),
+    ],
+)
 def test_sizes_and_steps_of_every_pair_of_parts(llm, vision):
     d, D = WIDTHS[vision], WIDTHS[llm]
     adapter = d * D + D + D * D + D
@@ -141,20 +323,39 @@ def test_sizes_and_steps_of_every_pair_of_parts(llm, vision):
         plan = dry_run(f"--stage {stage} --world_size 8 --llm {llm} --vision {vision}")
         tuned = stage == "finetune"
         assert plan["params"] == {
-            "vision": (TOWER_SIZES[vision], 0), "adapter": (adapter, adapter),
+            "vision": (TOWER_SIZES[vision], 0),
+            "adapter": (adapter, adapter),
             "llm": (LLM_SIZES[llm], LLM_SIZES[llm] * tuned),
-            "total": (TOWER_SIZES[vision] + adapter + LLM_SIZES[llm], adapter + (LLM_SIZES[llm] if tuned else 1))}
+            "total": (
+                TOWER_SIZES[vision] + adapter + LLM_SIZES[llm],
+                adapter + (LLM_SIZES[llm] if tuned else 1),
+            ),
+        }
         assert plan["run"] == {
-            "samples": 665_298 if tuned else 558_128, "samples a step": batch, "steps": steps, "warmup steps": warmup,
-            "image tokens a step": batch * PATCHES[vision], "positions a step, at most": batch * 2048}
+            "samples": 665_298 if tuned else 558_128,
+            "samples a step": batch,
+            "steps": steps,
+            "warmup steps": warmup,
+            "image tokens a step": batch * PATCHES[vision],
+            "positions a step, at most": batch * 2048,
+        }
 
 
 def test_the_papers_run_as_printed(capsys):
     plan = dry_run("--world_size 8")
     out = capsys.readouterr().out
-    assert plan["params"]["total"] == (7_062_902_784, 20_979_712 + 1) and "7.06 B" in out and "20.98 M" in out
-    assert "(not here; it has 558,128 samples)" in out and plan["disk"]["labels"] == 558_128 * 576 * 10 * 4  # 13 GB
-    assert "12.86" in out and plan["disk"]["labels of 65,535 words or more"] == 558_128 * 576 * 10 * 6
+    assert (
+        plan["params"]["total"] == (7_062_902_784, 20_979_712 + 1)
+        and "7.06 B" in out
+        and "20.98 M" in out
+    )
+    assert (
+        "(not here; it has 558,128 samples)" in out
+        and plan["disk"]["labels"] == 558_128 * 576 * 10 * 4
+    )  # 13 GB
+    assert (
+        "12.86" in out and plan["disk"]["labels of 65,535 words or more"] == 558_128 * 576 * 10 * 6
+    )
     config = json.loads(out.strip().splitlines()[-1])
     assert config["llm"] == "vicuna-7b" and config["world_size"] == 8 and config["lr"] == 1e-3
     plan = dry_run("--world_size 8 --sea_weight 0")
@@ -163,48 +364,71 @@ def test_the_papers_run_as_printed(capsys):
 
 def test_nothing_is_loaded_or_written(monkeypatch, tmp_path, hub):
     made, build = [], SEAModel.from_parts
-    monkeypatch.setattr(SEAModel, "from_parts", lambda *args, **kwargs: made.append(build(*args, **kwargs)) or made[-1])
+    monkeypatch.setattr(
+        SEAModel,
+        "from_parts",
+        lambda *args, **kwargs: made.append(build(*args, **kwargs)) or made[-1],
+    )
     before = {p: p.stat().st_mtime_ns for p in hub.rglob("*")}
     dry_run("--world_size 8 --llm vicuna-13b")
     dry_run("--stage finetune --recipe prime --world_size 8")
     assert len(made) == 2
     for built in made:
         assert {t.device.type for t in [*built.parameters(), *built.buffers()]} == {"meta"}
-    assert not list(tmp_path.iterdir()) and before == {p: p.stat().st_mtime_ns for p in hub.rglob("*")}
+    assert not list(tmp_path.iterdir()) and before == {
+        p: p.stat().st_mtime_ns for p in hub.rglob("*")
+    }
 
 
 def test_memory_of_weights_by_hand():
     llm, vision, adapter = LLM_SIZES["vicuna-7b"], TOWER_SIZES["clip-l-336"], 20_979_712
     one, eight = (dry_run(f"--world_size {n}") for n in (1, 8))
-    for mem in eight["gpu"].values():  # copies: autocast's in bf16; DDP's buckets are the gradients themselves
-        assert mem["frozen"] == 2 * (llm + vision) and mem["trained"] == mem["gradients"] == 4 * (adapter + 1)
+    for mem in eight[
+        "gpu"
+    ].values():  # copies: autocast's in bf16; DDP's buckets are the gradients themselves
+        assert mem["frozen"] == 2 * (llm + vision) and mem["trained"] == mem["gradients"] == 4 * (
+            adapter + 1
+        )
         assert mem["moments"] == 8 * (adapter + 1) and mem["copies"] == 2 * (adapter + 1)
         assert mem["total"] == sum(v for k, v in mem.items() if k != "total")
     assert next(iter(one["gpu"].values()))["copies"] == 2 * (adapter + 1)
-    assert (one["cpu"], eight["cpu"]) == tuple(n * (2 * (llm + vision) + 4 * (adapter + 1)) for n in (1, 8))
+    assert (one["cpu"], eight["cpu"]) == tuple(
+        n * (2 * (llm + vision) + 4 * (adapter + 1)) for n in (1, 8)
+    )
 
     finetune, tuned = "--stage finetune --fsdp --world_size 16", llm + adapter
-    mem, accumulated = (next(iter(dry_run(f"{finetune} {more}")["gpu"].values())) for more in ("", "--grad_accum 2"))
+    mem, accumulated = (
+        next(iter(dry_run(f"{finetune} {more}")["gpu"].values())) for more in ("", "--grad_accum 2")
+    )
     assert mem["trained"] == mem["gradients"] == 4 * tuned / 16 and mem["moments"] == 8 * tuned / 16
     assert mem["frozen"] == (2 * vision + 4) / 16  # 4: the temperature
     assert accumulated == mem  # gradients are reduced after each pass
     block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     outside = 2 * 32000 * 4096 + 4096 + adapter  # embeddings, head, last norm
-    gathered = 2 * 2 * block + (2 + 4) * block  # in use and prefetched; gradients of one, in bf16 and in fp32
+    gathered = (
+        2 * 2 * block + (2 + 4) * block
+    )  # in use and prefetched; gradients of one, in bf16 and in fp32
     held = 2 * (outside + CLIP_EMBED + 4 * 1024 + 1)  # all in bf16, the temperature too
     assert mem["copies"] == gathered + held + (2 + 4) * outside
     plan = dry_run(finetune)
     assert plan["cpu"] == 8 * 4 * (llm + vision + adapter + 1)  # 8 GPUs a node, all in fp32
-    assert plan["disk"] == {"a checkpoint": 12 * tuned, "checkpoints that stay": 12 * tuned,
-                            "model": 2 * (llm + vision + adapter)}
+    assert plan["disk"] == {
+        "a checkpoint": 12 * tuned,
+        "checkpoints that stay": 12 * tuned,
+        "model": 2 * (llm + vision + adapter),
+    }
     wide = next(iter(dry_run(f"{finetune} --dtype float32")["gpu"].values()))
     assert wide["frozen"] == (4 * vision + 4) / 16 and wide["trained"] == mem["trained"]
 
 
 def test_checkpoints_and_models_on_disk():
     adapter, total = 20_979_712, 7_062_902_784
-    disk = dry_run("--world_size 8")["disk"]  # 2181 steps, one every 500, all kept: weight, two moments, adapter again
-    assert disk["a checkpoint"] == 16 * (adapter + 1) and disk["checkpoints that stay"] == 4 * 16 * (adapter + 1)
+    disk = dry_run("--world_size 8")[
+        "disk"
+    ]  # 2181 steps, one every 500, all kept: weight, two moments, adapter again
+    assert disk["a checkpoint"] == 16 * (adapter + 1) and disk[
+        "checkpoints that stay"
+    ] == 4 * 16 * (adapter + 1)
     assert disk["model"] == 4 * (adapter + 1)
     disk = dry_run("--world_size 8 --keep 3 --export")["disk"]
     assert disk["checkpoints that stay"] == 3 * 16 * (adapter + 1) and disk["model"] == 2 * total
@@ -219,7 +443,9 @@ def test_a_tuned_tower_trains_all_but_its_last_block(capsys):
     assert plan["params"]["vision"] == (TOWER_SIZES["siglip-384"], SIGLIP_EMBED + 26 * SIGLIP_BLOCK)
     assert plan["run"]["samples"] == 7_070_000 and plan["run"]["image tokens a step"] == 128 * 729
     assert "it has about 7,070,000 samples" in capsys.readouterr().out
-    plan = dry_run("--stage finetune --world_size 8 --tune_vision --vision dinov2-224 --llm qwen3-0.6b")
+    plan = dry_run(
+        "--stage finetune --world_size 8 --tune_vision --vision dinov2-224 --llm qwen3-0.6b"
+    )
     block = CLIP_BLOCK + 2 * 1024
     # not the mask token, the last block, the last norm
     assert plan["params"]["vision"][1] == TOWER_SIZES["dinov2-224"] - 1024 - block - 2 * 1024
@@ -228,12 +454,26 @@ def test_a_tuned_tower_trains_all_but_its_last_block(capsys):
 def test_samples_of_a_file_that_is_here(tmp_path):
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A door."}]
     lines = [json.dumps({"image": "a.jpg", "conversations": turns})] * 100
-    Path("blip_laion_cc_sbu_558k.json").write_text("[" + ",".join(lines) + "]")  # the file counts, not its name
+    Path("blip_laion_cc_sbu_558k.json").write_text(
+        "[" + ",".join(lines) + "]"
+    )  # the file counts, not its name
     Path("own.jsonl").write_text("\n".join(lines[:50]))
-    run = dry_run("--data blip_laion_cc_sbu_558k.json --batch_size 4 --grad_accum 2 --world_size 3 --epochs 2.5")["run"]
-    assert (run["samples"], run["samples a step"], run["steps"], run["warmup steps"]) == (100, 24, 11, 1)
+    run = dry_run(
+        "--data blip_laion_cc_sbu_558k.json --batch_size 4 --grad_accum 2 --world_size 3 --epochs 2.5"
+    )["run"]
+    assert (run["samples"], run["samples a step"], run["steps"], run["warmup steps"]) == (
+        100,
+        24,
+        11,
+        1,
+    )
     run = dry_run("--data own.jsonl --max_steps 70")["run"]
-    assert (run["samples"], run["samples a step"], run["steps"], run["warmup steps"]) == (50, 32, 70, 3)
+    assert (run["samples"], run["samples a step"], run["steps"], run["warmup steps"]) == (
+        50,
+        32,
+        70,
+        3,
+    )
     with pytest.raises(UserError, match="nowhere.json: no such data file"):
         dry_run("--data nowhere.json")
 
@@ -251,51 +491,103 @@ def test_stage_2_finds_its_parts(tmp_path, hub, capsys):
 
     folder, weight = tmp_path / "out/pretrain/model", {"log_scale": torch.zeros(1)}
     folder.mkdir(parents=True)
-    save_file(weight, folder / "adapter.safetensors", metadata=dict(vision="siglip-384", llm="phi-3-mini"))
+    save_file(
+        weight, folder / "adapter.safetensors", metadata=dict(vision="siglip-384", llm="phi-3-mini")
+    )
     assert parts() == (TOWER_SIZES["siglip-384"], LLM_SIZES["phi-3-mini"])
     assert "(of out/pretrain/model)" in capsys.readouterr().out
     assert parts("--llm gemma-2b") == (TOWER_SIZES["siglip-384"], LLM_SIZES["gemma-2b"])
     (folder / "llm").symlink_to(hub / "gemma-2b")
-    save_file(weight, folder / "adapter.safetensors", metadata=dict(vision="clip-l-336", llm="./llm"))
+    save_file(
+        weight, folder / "adapter.safetensors", metadata=dict(vision="clip-l-336", llm="./llm")
+    )
     assert parts() == (TOWER_SIZES["clip-l-336"], LLM_SIZES["gemma-2b"])
 
-    (folder / "adapter.safetensors").rename(folder / "processor_config.json")  # what tells a Llava folder
-    with pytest.raises(UserError, match="out/pretrain/model: a Llava model.* add --vision and --llm"):
+    (folder / "adapter.safetensors").rename(
+        folder / "processor_config.json"
+    )  # what tells a Llava folder
+    with pytest.raises(
+        UserError, match="out/pretrain/model: a Llava model.* add --vision and --llm"
+    ):
         parts()
-    assert parts("--llm gemma-2b --vision siglip-384") == (TOWER_SIZES["siglip-384"], LLM_SIZES["gemma-2b"])
+    assert parts("--llm gemma-2b --vision siglip-384") == (
+        TOWER_SIZES["siglip-384"],
+        LLM_SIZES["gemma-2b"],
+    )
 
 
-@pytest.mark.parametrize("flags", ["--sea_weight 1", "--sea_weight 0", "--dtype bfloat16", "--stage finetune",
-                                   "--stage finetune --dtype bfloat16", "--stage finetune --tune_vision"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--sea_weight 1",
+        "--sea_weight 0",
+        "--dtype bfloat16",
+        "--stage finetune",
+        "--stage finetune --dtype bfloat16",
+        "--stage finetune --tune_vision",
+    ],
+)
 def test_the_plan_is_of_what_a_run_builds(flags, world, tmp_path):
     parts = f"--vision {world}/vision --llm {world}/llm"
-    save_file(train.build_model(train.parse_config(parts.split()), torch.device("cpu"))[0].trained_state(),
-              tmp_path / "adapter.safetensors", metadata=dict(vision=f"{world}/vision", llm=f"{world}/llm"))
+    save_file(
+        train.build_model(train.parse_config(parts.split()), torch.device("cpu"))[
+            0
+        ].trained_state(),
+        tmp_path / "adapter.safetensors",
+        metadata=dict(vision=f"{world}/vision", llm=f"{world}/llm"),
+    )
     flags += f" --init {tmp_path}" if "finetune" in flags else f" {parts}"
     flags += "" if "dtype" in flags else " --dtype float32"
     real, _ = train.build_model(train.parse_config(flags.split()), torch.device("cpu"))
     plan = dry_run(f"{flags} --data {world}/train.json")
     tuned = [p for p in real.parameters() if p.requires_grad]
-    assert plan["run"]["samples"] == 24 and plan["params"]["total"][1] == sum(p.numel() for p in tuned)
-    assert plan["params"]["total"][0] == sum(p.numel() for p in real.parameters()) - 1  # the temperature
+    assert plan["run"]["samples"] == 24 and plan["params"]["total"][1] == sum(
+        p.numel() for p in tuned
+    )
+    assert (
+        plan["params"]["total"][0] == sum(p.numel() for p in real.parameters()) - 1
+    )  # the temperature
     mem = next(iter(plan["gpu"].values()))
     assert mem["frozen"] == sum(p.nbytes for p in real.parameters() if not p.requires_grad)
     assert mem["trained"] == sum(p.nbytes for p in tuned)
 
 
-SMALL = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=8, num_attention_heads=8, vocab_size=400,
-             bos_token_id=0, eos_token_id=1, pad_token_id=2)
+SMALL = dict(
+    hidden_size=128,
+    intermediate_size=344,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    vocab_size=400,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "finetune --tune_vision"])
-@pytest.mark.parametrize("config", ids=lambda config: config.model_type, argvalues=[
-    LlamaConfig(**SMALL), Phi3Config(**SMALL), Qwen3Config(**SMALL, num_key_value_heads=4, head_dim=16),
-    GemmaConfig(**SMALL | dict(intermediate_size=1024), num_key_value_heads=1, head_dim=16)])
+@pytest.mark.parametrize(
+    "config",
+    ids=lambda config: config.model_type,
+    argvalues=[
+        LlamaConfig(**SMALL),
+        Phi3Config(**SMALL),
+        Qwen3Config(**SMALL, num_key_value_heads=4, head_dim=16),
+        GemmaConfig(**SMALL | dict(intermediate_size=1024), num_key_value_heads=1, head_dim=16),
+    ],
+)
 def test_activations_are_about_what_autograd_keeps(config, stage):
     """All that a forward pass on the CPU keeps for backward, against the formulas."""
     torch.manual_seed(0)
-    tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=8,
-                                             num_attention_heads=6, image_size=56, patch_size=14))
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=96,
+            intermediate_size=384,
+            num_hidden_layers=8,
+            num_attention_heads=6,
+            image_size=56,
+            patch_size=14,
+        )
+    )
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     geometry = dict(size=56, mode="square", mean=(0.5,) * 3, std=(0.5,) * 3)
     built = SEAModel(tower, llm, tiny_tokenizer(["a red door"]), geometry, {})
@@ -307,9 +599,11 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
     ids = torch.randint(3, 250, (4, 80))
     ids[:, :16] = built.image_token_id
     labels = ids.clone()
-    labels[:, :16 if stage == "pretrain" else 48] = -100  # in stage 2 half of the text is trained
+    labels[:, : 16 if stage == "pretrain" else 48] = -100  # in stage 2 half of the text is trained
     weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
-    shapes = {s for p in built.parameters() if p.dim() > 1 for s in (p.shape, p.shape[::-1])}  # autocast's copies
+    shapes = {
+        s for p in built.parameters() if p.dim() > 1 for s in (p.shape, p.shape[::-1])
+    }  # autocast's copies
     cfg = train.parse_config(f"--stage {stage} --batch_size 4".split())
 
     def kept():
@@ -334,15 +628,21 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
 
     everything = kept()
     assert planned(False) == pytest.approx(everything, rel=0.15)
-    for part in (built.llm, built.vision)[:1 + ("vision" in stage)]:
+    for part in (built.llm, built.vision)[: 1 + ("vision" in stage)]:
         # the name before transformers 5.23 and the name since
-        getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)({"use_reentrant": False})
+        getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)(
+            {"use_reentrant": False}
+        )
         part.train()
-    assert planned(True) == pytest.approx(kept() + everything / 8, rel=0.25)  # one of 8 blocks at a time
+    assert planned(True) == pytest.approx(
+        kept() + everything / 8, rel=0.25
+    )  # one of 8 blocks at a time
 
 
 def test_words_times_the_search_and_its_limits(capsys):
-    seconds = bench.main(["words", "--patches", "3", "--words", "9000", "--dim", "8", "--repeats", "2"])
+    seconds = bench.main(
+        ["words", "--patches", "3", "--words", "9000", "--dim", "8", "--repeats", "2"]
+    )
     assert {"nearest_words", "product in float32", "product in bfloat16"} <= seconds.keys()
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
     assert "nearest_words takes 1.00 (1.00 to 1.00) of it" in capsys.readouterr().out

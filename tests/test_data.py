@@ -8,12 +8,27 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import data
-from data import IGNORE, LlavaDataset, UserError, collate, encode_conversation, geometry, load_samples, micro_batches
+from data import (
+    IGNORE,
+    LlavaDataset,
+    UserError,
+    collate,
+    encode_conversation,
+    geometry,
+    load_samples,
+    micro_batches,
+)
 
 
 def sample(value="a red door.", image="0.png", **kwargs):
-    return {"id": "7", "image": image, "conversations": [{"from": "human", "value": "<image>\nDescribe."},
-                                                         {"from": "gpt", "value": value}]} | kwargs
+    return {
+        "id": "7",
+        "image": image,
+        "conversations": [
+            {"from": "human", "value": "<image>\nDescribe."},
+            {"from": "gpt", "value": value},
+        ],
+    } | kwargs
 
 
 # samples
@@ -27,15 +42,23 @@ def test_json_and_jsonl_hold_the_same_samples(tmp_path):
     assert load_samples(tmp_path / "a.jsonl")[1] == samples[1]
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("a.jsonl", json.dumps(sample()) + "\n{broken\n", r"a.jsonl, line 2: not valid JSON"),
-    ("a.json", '[{"id": 1},\n', r"a.json, line 2: not valid JSON"),
-    ("a.json", "[]", "at least one"),
-    ("a.json", json.dumps([sample(), {"id": "8"}]), r"sample 2: needs \"conversations\""),
-    ("a.json", json.dumps([sample(image=None)]), r"sample 1: needs \"image\""),
-    ("a.json", json.dumps([sample() | {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}]),
-     r"sample 1: each turn"),
-])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", json.dumps(sample()) + "\n{broken\n", r"a.jsonl, line 2: not valid JSON"),
+        ("a.json", '[{"id": 1},\n', r"a.json, line 2: not valid JSON"),
+        ("a.json", "[]", "at least one"),
+        ("a.json", json.dumps([sample(), {"id": "8"}]), r"sample 2: needs \"conversations\""),
+        ("a.json", json.dumps([sample(image=None)]), r"sample 1: needs \"image\""),
+        (
+            "a.json",
+            json.dumps(
+                [sample() | {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}]
+            ),
+            r"sample 1: each turn",
+        ),
+    ],
+)
 def test_a_malformed_file_is_named_with_its_line_or_sample(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
@@ -62,7 +85,9 @@ def test_square_is_what_clip_and_llava_do(width, height):
     short = min(width, height)
     w, h = int(336 * width / short), int(336 * height / short)
     left, top = (w - 336) // 2, (h - 336) // 2
-    pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + 336, top + 336)))
+    pixels = np.asarray(
+        image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + 336, top + 336))
+    )
     ours = geometry(image, 336, "square", mean, std).permute(1, 2, 0).double().numpy()
     levels = np.abs((ours * std + mean) * 255 - pixels)
     assert ours.shape == (336, 336, 3) and levels.max() < 2.01 and levels.mean() < 0.3
@@ -74,7 +99,9 @@ def test_square_keeps_the_centre_and_squash_keeps_everything():
     unit = dict(mean=(0, 0, 0), std=(1, 1, 1))
     square, squash = geometry(image, 30, "square", **unit), geometry(image, 30, "squash", **unit)
     assert square[2, :, 2:-2].min() == 1 and square[0, :, 2:-2].max() == 0
-    assert squash[0, :, 0].min() == 1 and squash[2, :, 15].min() == 1 and squash[0, :, -1].min() == 1
+    assert (
+        squash[0, :, 0].min() == 1 and squash[2, :, 15].min() == 1 and squash[0, :, -1].min() == 1
+    )
     with pytest.raises(UserError, match="unknown image geometry"):
         geometry(image, 30, "stretch", **unit)
 
@@ -101,9 +128,14 @@ def tokenizer(world):
 def test_plain_trains_the_caption_and_its_newline_and_nothing_else(tokenizer):
     ids, labels = encode_conversation(sample("a red wall."), tokenizer, 25)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    assert ids[0] == tokenizer.bos_token_id and (ids == image).nonzero().flatten().tolist() == list(range(1, 26))
+    assert ids[0] == tokenizer.bos_token_id and (ids == image).nonzero().flatten().tolist() == list(
+        range(1, 26)
+    )
     assert tokenizer.decode(ids[labels != IGNORE]) == "a red wall.\n"
-    assert torch.equal(ids[labels != IGNORE], labels[labels != IGNORE]) and tokenizer.eos_token_id not in ids
+    assert (
+        torch.equal(ids[labels != IGNORE], labels[labels != IGNORE])
+        and tokenizer.eos_token_id not in ids
+    )
     assert "Describe" not in tokenizer.decode(ids)  # the human turn is discarded
 
 
@@ -114,10 +146,17 @@ def test_truncation_cuts_the_caption_and_never_the_image(tokenizer):
         encode_conversation(sample(), tokenizer, 25, max_length=26)
 
 
-@pytest.mark.parametrize("turns, message", [
-    ([("human", "<image>"), ("gpt", "a"), ("human", "b"), ("gpt", "c")], "from 'human gpt human gpt'; they must be a"),
-    ([("gpt", "a"), ("human", "<image>")], "from 'gpt human'"),
-    ([("human", "<image>"), ("gpt", "an <image>")], "may stand in one human turn")])
+@pytest.mark.parametrize(
+    "turns, message",
+    [
+        (
+            [("human", "<image>"), ("gpt", "a"), ("human", "b"), ("gpt", "c")],
+            "from 'human gpt human gpt'; they must be a",
+        ),
+        ([("gpt", "a"), ("human", "<image>")], "from 'gpt human'"),
+        ([("human", "<image>"), ("gpt", "an <image>")], "may stand in one human turn"),
+    ],
+)
 def test_stage_1_refuses_what_is_no_caption(tmp_path, turns, message):
     bad = sample() | {"conversations": [{"from": f, "value": v} for f, v in turns]}
     (tmp_path / "a.json").write_text(json.dumps([sample(), bad]))
@@ -130,27 +169,49 @@ def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
     ids, offsets = data.word_tokens(words, tokenizer)
     assert offsets[0] == 0 and offsets[-1] == len(ids)
     for j, word in enumerate(words):
-        assert tokenizer.decode(ids[offsets[j]:offsets[j + 1]]) == f" {word}"
+        assert tokenizer.decode(ids[offsets[j] : offsets[j + 1]]) == f" {word}"
     with pytest.raises(UserError, match="''"):
-        data.word_tokens(["red", ""], type("T", (), {"__call__": lambda self, x, add_special_tokens:
-                                                     {"input_ids": [1] if x == "a" else [[1, 5], [1]]}})())
+        data.word_tokens(
+            ["red", ""],
+            type(
+                "T",
+                (),
+                {
+                    "__call__": lambda self, x, add_special_tokens: {
+                        "input_ids": [1] if x == "a" else [[1, 5], [1]]
+                    }
+                },
+            )(),
+        )
 
 
 # batches
 
 
 def test_collate_pads_right_and_masks_by_length(tokenizer):
-    items = [dict(index=i, input_ids=torch.full((n,), tokenizer.pad_token_id), labels=torch.arange(n),
-                  pixels=torch.zeros(3, 4, 4)) for i, n in enumerate((3, 5))]
+    items = [
+        dict(
+            index=i,
+            input_ids=torch.full((n,), tokenizer.pad_token_id),
+            labels=torch.arange(n),
+            pixels=torch.zeros(3, 4, 4),
+        )
+        for i, n in enumerate((3, 5))
+    ]
     batch = collate(items, tokenizer.pad_token_id)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]  # although every id is the pad token
-    assert batch["labels"].tolist() == [[0, 1, 2, IGNORE, IGNORE], [0, 1, 2, 3, 4]] and batch["index"] == [0, 1]
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 1, 0, 0],
+        [1] * 5,
+    ]  # although every id is the pad token
+    assert batch["labels"].tolist() == [[0, 1, 2, IGNORE, IGNORE], [0, 1, 2, 3, 4]] and batch[
+        "index"
+    ] == [0, 1]
 
 
 def test_micro_batches_visit_every_sample_once_an_epoch():
     flat = [i for batch in micro_batches(10, 3, 1, steps=10, seed=1) for i in batch]
     for epoch in range(3):
-        assert sorted(flat[epoch * 10:(epoch + 1) * 10]) == list(range(10))
+        assert sorted(flat[epoch * 10 : (epoch + 1) * 10]) == list(range(10))
     assert flat[:10] != flat[10:20]
 
 
@@ -159,15 +220,21 @@ def test_micro_batches_of_ranks_accumulation_and_resuming_are_the_same_samples()
     for _ in range(20):
         n, batch, accum, steps = rng.randint(5, 40), rng.randint(1, 4), rng.randint(1, 3), 6
         one = list(micro_batches(n, batch, 2 * accum, steps, seed=3))
-        ranks = [list(micro_batches(n, batch, accum, steps, seed=3, rank=r, world=2)) for r in range(2)]
+        ranks = [
+            list(micro_batches(n, batch, accum, steps, seed=3, rank=r, world=2)) for r in range(2)
+        ]
         assert one == [b for pair in zip(*ranks) for b in pair]
         whole = [i for b in micro_batches(n, batch * 2 * accum, 1, steps, seed=3) for i in b]
         assert whole == [i for b in one for i in b]
-        assert list(micro_batches(n, batch, 2 * accum, steps, seed=3, first_step=2)) == one[2 * 2 * accum:]
+        assert (
+            list(micro_batches(n, batch, 2 * accum, steps, seed=3, first_step=2))
+            == one[2 * 2 * accum :]
+        )
 
 
 def test_labels_of_other_pixels_are_refused(world, labels, tokenizer, samples, tmp_path):
     from labels import LabelStore
+
     geo = data.vision_geometry(str(world / "vision"))
     for s in samples:
         (tmp_path / s["image"]).write_bytes((world / "images" / s["image"]).read_bytes())
@@ -196,14 +263,21 @@ def test_grouped_order_keeps_kinds_and_lengths_together():
         assert totals.max() - totals.min() < 0.6 * (dealt.max() - dealt.min())
     assert set(kinds) == {1}
     signs = [np.sign(step[0, 0]) for step in steps]
-    assert signs != sorted(signs) and signs != sorted(signs, reverse=True)  # shuffled, not one kind after the other
+    assert signs != sorted(signs) and signs != sorted(
+        signs, reverse=True
+    )  # shuffled, not one kind after the other
 
 
 def test_micro_batches_with_lengths_follow_the_grouped_order():
     lengths = np.array([3, -1, 4, -1, 5, 9, 2, -6, 5, 3])
-    ranks = [list(micro_batches(10, 2, 1, 4, 7, rank=r, world=2, lengths=lengths)) for r in range(2)]
+    ranks = [
+        list(micro_batches(10, 2, 1, 4, 7, rank=r, world=2, lengths=lengths)) for r in range(2)
+    ]
     flat = [i for step in zip(*ranks) for batch in step for i in batch]
-    assert flat == [*data.grouped_order(lengths, 2, 2, 7, 0), *data.grouped_order(lengths, 2, 2, 7, 1)[:6]]
+    assert flat == [
+        *data.grouped_order(lengths, 2, 2, 7, 0),
+        *data.grouped_order(lengths, 2, 2, 7, 1)[:6],
+    ]
     assert flat == [i for batch in micro_batches(10, 2, 2, 4, 7, lengths=lengths) for i in batch]
 
 
@@ -218,10 +292,14 @@ def test_pad_is_what_llava_does(width, height):
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     pixels = np.asarray(square.resize((28, 28), Image.Resampling.BICUBIC)) / 255
     ours = geometry(image, 28, "pad", mean, std).permute(1, 2, 0).numpy() * std + mean
-    assert abs(ours - pixels).max() < 2.1 / 255  # torchvision rounds otherwise than PIL here and there
+    assert (
+        abs(ours - pixels).max() < 2.1 / 255
+    )  # torchvision rounds otherwise than PIL here and there
 
 
-@pytest.mark.parametrize("mean, colour", [((0.5, 0.5, 0.5), 127), ((0.485, 0.456, 0.406), (123, 116, 103))])
+@pytest.mark.parametrize(
+    "mean, colour", [((0.5, 0.5, 0.5), 127), ((0.485, 0.456, 0.406), (123, 116, 103))]
+)
 def test_the_pad_colour_of_siglip_and_dinov2(mean, colour):
     pixels = geometry(Image.new("RGB", (10, 40), "black"), 28, "pad", mean, (1.0, 1.0, 1.0))
     corner = (pixels[:, 14, 0] + torch.tensor(mean)) * 255
@@ -230,8 +308,9 @@ def test_the_pad_colour_of_siglip_and_dinov2(mean, colour):
 
 def test_a_large_jsonl_is_read_by_offset(tmp_path):
     samples = [sample("é" * (i % 7) + f" {i}", f"{i}.png") for i in range(1000)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples),
-                                      encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples), encoding="utf-8"
+    )
     lines = load_samples(tmp_path / "a.jsonl")
     assert len(lines) == 1000 and lines[999] == samples[999] and lines[3] == samples[3]
     assert lines.lengths.tolist() == [data.sample_length(s) for s in samples]

@@ -17,7 +17,9 @@ from model import SEAModel
 
 
 def cosine(a, b):
-    dot, aa, bb = (math.fsum(float(x) * float(y) for x, y in zip(p, q)) for p, q in ((a, b), (a, a), (b, b)))
+    dot, aa, bb = (
+        math.fsum(float(x) * float(y) for x, y in zip(p, q)) for p, q in ((a, b), (a, a), (b, b))
+    )
     return dot / math.sqrt(aa * bb)
 
 
@@ -43,9 +45,13 @@ def test_tacs_by_hand():
 def test_gap_is_the_mean_smallest_distance(vectors):
     x_v, words = vectors
     distances = [min(math.dist(v.tolist(), w.tolist()) for w in words) for v in x_v]
-    assert modality_gap(x_v, words).item() == pytest.approx(sum(distances) / len(distances), rel=1e-5)
+    assert modality_gap(x_v, words).item() == pytest.approx(
+        sum(distances) / len(distances), rel=1e-5
+    )
     many = x_v.repeat(100, 1)  # more rows than one block
-    assert modality_gap(many, words).item() == pytest.approx(sum(distances) / len(distances), rel=1e-5)
+    assert modality_gap(many, words).item() == pytest.approx(
+        sum(distances) / len(distances), rel=1e-5
+    )
 
 
 def test_nearest_word_is_the_argmax_of_the_cosine(vectors):
@@ -72,17 +78,31 @@ def test_the_three_commands_on_an_out_dir_a_model_and_a_checkpoint(run, tmp_path
     early = evaluation.main(["tacs", "--model", str(run / "checkpoints/step_3"), "--samples", "4"])
     assert early["tacs"] != result["tacs"]
     gap = evaluation.main(["gap", "--model", str(run), "--samples", "4"])
-    assert gap["D"] > abs(gap["visual_norm"] - gap["word_norm"]) - 1e-4  # the triangle inequality, on average
-    flags = ["words", "--model", str(run), "--baseline", str(run / "checkpoints/step_3"), "--samples", "4"]
+    assert (
+        gap["D"] > abs(gap["visual_norm"] - gap["word_norm"]) - 1e-4
+    )  # the triangle inequality, on average
+    flags = [
+        "words",
+        "--model",
+        str(run),
+        "--baseline",
+        str(run / "checkpoints/step_3"),
+        "--samples",
+        "4",
+    ]
     frequent = evaluation.main([*flags, "--out", str(tmp_path / "w.png")])[str(run)]["words"]
     shares = {}
     for word in frequent:  # let it be what every patch shows
         truth = {f"{i}.png": {"patches": {str(p): [word] for p in range(25)}} for i in range(4)}
         (tmp_path / "truth.json").write_text(json.dumps(truth))
-        words = evaluation.main([*flags, "--truth", str(tmp_path / "truth.json"), "--out", str(tmp_path / "w.png")])
+        words = evaluation.main(
+            [*flags, "--truth", str(tmp_path / "truth.json"), "--out", str(tmp_path / "w.png")]
+        )
         shares[word] = words[str(run)]["true"]["patches"]
     assert shares == pytest.approx(frequent, abs=6e-4) and sum(shares.values()) > 0.5
-    width, height = Image.open(tmp_path / "w.png").size  # two images, each plain, of the baseline, and of SEA
+    width, height = Image.open(
+        tmp_path / "w.png"
+    ).size  # two images, each plain, of the baseline, and of SEA
     assert width == 3 * (5 * 89 + 12) + 12 and height > 2 * (5 * 89 + 12) + 12  # words stand below
 
 
@@ -91,9 +111,17 @@ def test_without_held_out_data_the_training_data_are_measured(run, tmp_path, wor
     config = json.loads((run / "config.json").read_text())
     lines = [json.dumps(sample) for sample in json.loads((world / "train.json").read_text())[:3]]
     (tmp_path / "three.jsonl").write_text("\n".join(lines))
-    for change, pairs in ((dict(val_data="", data=f"{tmp_path}/three.jsonl"), 3),
-                          (dict(val_data=f"{tmp_path}/three.jsonl", val_image_folder=f"{world}/images",
-                                image_folder="gone"), 3)):
+    for change, pairs in (
+        (dict(val_data="", data=f"{tmp_path}/three.jsonl"), 3),
+        (
+            dict(
+                val_data=f"{tmp_path}/three.jsonl",
+                val_image_folder=f"{world}/images",
+                image_folder="gone",
+            ),
+            3,
+        ),
+    ):
         (tmp_path / "run/config.json").write_text(json.dumps(config | change))
         assert evaluation.main(["tacs", "--model", f"{tmp_path}/run"])["pairs"] == pairs
 
@@ -111,11 +139,20 @@ def test_on_a_run_of_stage_2(finetune_flags, world, tmp_path):
     """It has neither captions nor words of its own: both are asked for; then .jsonl will do."""
     train.main([*finetune_flags, "--out_dir", str(tmp_path), "--max_steps", "1"])
     run = ["--model", str(tmp_path)]
-    with pytest.raises(UserError, match="named no captions to look at; give --data and --image_folder"):
+    with pytest.raises(
+        UserError, match="named no captions to look at; give --data and --image_folder"
+    ):
         evaluation.main(["tacs", *run])
     lines = [json.dumps(s) for s in json.loads((world / "train.json").read_text())]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
-    run += ["--data", str(tmp_path / "captions.jsonl"), "--image_folder", str(world / "images"), "--samples", "3"]
+    run += [
+        "--data",
+        str(tmp_path / "captions.jsonl"),
+        "--image_folder",
+        str(world / "images"),
+        "--samples",
+        "3",
+    ]
     assert evaluation.main(["tacs", *run])["pairs"] == 3
     with pytest.raises(UserError, match="give --words"):
         evaluation.main(["gap", *run])
@@ -125,10 +162,21 @@ def test_on_a_run_of_stage_2(finetune_flags, world, tmp_path):
 # ---------------------------------------------------------------------------------------------------- answers
 
 
-@pytest.mark.parametrize("text, yes", [
-    ("Yes", True), ("yes, there is a dog.", True), ("No", False), ("no.", False), ("No, there is none.", False),
-    ("There is not a dog in the image.", False), ("There is a dog. It is not brown.", True), ("", True),
-    ("A notable north wall", True), ("I do not see one", False)])
+@pytest.mark.parametrize(
+    "text, yes",
+    [
+        ("Yes", True),
+        ("yes, there is a dog.", True),
+        ("No", False),
+        ("no.", False),
+        ("No, there is none.", False),
+        ("There is not a dog in the image.", False),
+        ("There is a dog. It is not brown.", True),
+        ("", True),
+        ("A notable north wall", True),
+        ("I do not see one", False),
+    ],
+)
 def test_reading_yes_and_no_as_llava_does(text, yes):
     assert says_yes(text) == yes
 
@@ -139,27 +187,61 @@ def test_pope_metrics_are_those_of_scikit_learn(share):
     for n in (1, 7, 200):
         said, true = (rng.random(n) < share).tolist(), (rng.random(n) < 0.5).tolist()
         precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
-            true, said, average="binary", zero_division=0)
-        expected = dict(accuracy=sklearn.metrics.accuracy_score(true, said), precision=precision, recall=recall, f1=f1,
-                        yes_ratio=np.mean(said))
+            true, said, average="binary", zero_division=0
+        )
+        expected = dict(
+            accuracy=sklearn.metrics.accuracy_score(true, said),
+            precision=precision,
+            recall=recall,
+            f1=f1,
+            yes_ratio=np.mean(said),
+        )
         assert pope_metrics(said, true) == pytest.approx(expected)
 
 
 def test_pope_metrics_by_hand():
     said, true = [True, True, True, False, False], [True, False, True, True, False]
-    assert pope_metrics(said, true) == pytest.approx(dict(accuracy=3 / 5, precision=2 / 3, recall=2 / 3, f1=2 / 3,
-                                                          yes_ratio=3 / 5))
+    assert pope_metrics(said, true) == pytest.approx(
+        dict(accuracy=3 / 5, precision=2 / 3, recall=2 / 3, f1=2 / 3, yes_ratio=3 / 5)
+    )
 
 
-@pytest.mark.parametrize("text, same", [("The Red.", "red"), ("a  red, door", "red door"), ("Theatre", "theatre"),
-                                        ("An apple!", "apple"), ("two-tone", "two tone")])
+@pytest.mark.parametrize(
+    "text, same",
+    [
+        ("The Red.", "red"),
+        ("a  red, door", "red door"),
+        ("Theatre", "theatre"),
+        ("An apple!", "apple"),
+        ("two-tone", "two tone"),
+    ],
+)
 def test_answers_are_compared_without_case_punctuation_and_articles(text, same):
     assert normalize(text) == same
 
 
-@pytest.mark.parametrize("text, index", [
-    ("B", 1), ("B.", 1), ("(B)", 1), ("B. a cat", 1), ("B: cat", 1), ("A cat", 1), ("a cat", 1), ("Cat.", 1), ("A", 0),
-    ("A. dog", 0), ("A dog", None), ("C", None), ("Best", None), ("Bird", 0), ("A's", None), ("", None), ("dog", None)])
+@pytest.mark.parametrize(
+    "text, index",
+    [
+        ("B", 1),
+        ("B.", 1),
+        ("(B)", 1),
+        ("B. a cat", 1),
+        ("B: cat", 1),
+        ("A cat", 1),
+        ("a cat", 1),
+        ("Cat.", 1),
+        ("A", 0),
+        ("A. dog", 0),
+        ("A dog", None),
+        ("C", None),
+        ("Best", None),
+        ("Bird", 0),
+        ("A's", None),
+        ("", None),
+        ("dog", None),
+    ],
+)
 def test_the_choice_that_an_answer_names(text, index):
     assert chosen(text, ["bird", "a cat"]) == index
 
@@ -176,16 +258,27 @@ def finetuned(finetune_flags, tmp_path_factory):
 
 
 def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned, tmp_path):
-    evaluation.main(["export", "--model", f"{finetuned}/checkpoints/step_3", "--out", f"{tmp_path}/llava"])
-    models = [SEAModel.from_run(path) for path in (finetuned / "checkpoints/step_6", finetuned / "checkpoints/step_3",
-                                                   finetuned / "model", tmp_path / "llava")]
+    evaluation.main(
+        ["export", "--model", f"{finetuned}/checkpoints/step_3", "--out", f"{tmp_path}/llava"]
+    )
+    models = [
+        SEAModel.from_run(path)
+        for path in (
+            finetuned / "checkpoints/step_6",
+            finetuned / "checkpoints/step_3",
+            finetuned / "model",
+            tmp_path / "llava",
+        )
+    ]
     assert [model.geometry["mode"] for model in models] == ["pad"] * 4
     last, early, exported, early_exported = (model.state_dict() for model in models)
     for name, w in early_exported.items():
-        assert name == "log_scale" or torch.allclose(w[:len(early[name])], early[name], atol=1e-6), name
+        assert name == "log_scale" or torch.allclose(
+            w[: len(early[name])], early[name], atol=1e-6
+        ), name
     moved = 0
     for name, w in last.items():
-        other = exported[name][:len(w)]  # the exported embeddings have rows for <image>
+        other = exported[name][: len(w)]  # the exported embeddings have rows for <image>
         if name != "log_scale":
             assert torch.allclose(w, other, atol=1e-6), name
         moved += not torch.equal(w, early[name])
@@ -194,9 +287,16 @@ def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned, tmp_path):
 
 def test_a_checkpoint_of_stage_2_whose_start_is_another_or_gone_is_refused(finetuned, tmp_path):
     state = json.loads((finetuned / "checkpoints/step_3/state.json").read_text())
-    dcp.save({"model": {"llm.extra": torch.zeros(2)}}, checkpoint_id=tmp_path / "step_3", no_dist=True)
-    for init, error in ((state["config"]["init"], "has no model.llm.extra"), (f"{tmp_path}/gone", "gone: no adapter")):
-        (tmp_path / "step_3/state.json").write_text(json.dumps({"config": {"init": init, "image_mode": ""}}))
+    dcp.save(
+        {"model": {"llm.extra": torch.zeros(2)}}, checkpoint_id=tmp_path / "step_3", no_dist=True
+    )
+    for init, error in (
+        (state["config"]["init"], "has no model.llm.extra"),
+        (f"{tmp_path}/gone", "gone: no adapter"),
+    ):
+        (tmp_path / "step_3/state.json").write_text(
+            json.dumps({"config": {"init": init, "image_mode": ""}})
+        )
         with pytest.raises(UserError, match=f"step_3: .*{error}"):
             SEAModel.from_run(tmp_path / "step_3")
 
@@ -204,14 +304,28 @@ def test_a_checkpoint_of_stage_2_whose_start_is_another_or_gone_is_refused(finet
 def test_batches_answer_as_one_by_one(finetuned, world):
     """Prompts of very different lengths, with image and without, padded on the left."""
     model = SEAModel.from_run(finetuned)
-    texts = ["red?", "which " * 20, "the", "dark striped wall? " * 5, "sky", "a tall red ocean beside the door?"]
-    samples = [evaluation.ask(f"<image>\n{text}" if i % 3 else text, f"{i}.png" if i % 3 else None)
-               for i, text in enumerate(texts)]
+    texts = [
+        "red?",
+        "which " * 20,
+        "the",
+        "dark striped wall? " * 5,
+        "sky",
+        "a tall red ocean beside the door?",
+    ]
+    samples = [
+        evaluation.ask(f"<image>\n{text}" if i % 3 else text, f"{i}.png" if i % 3 else None)
+        for i, text in enumerate(texts)
+    ]
     one = evaluation.answer(model, samples, world / "images", batch_size=1, max_new_tokens=12)
     assert len(set(one)) > 2 and max(map(len, one)) > 5
     for size in (2, 6):
-        assert evaluation.answer(model, samples, world / "images", batch_size=size, max_new_tokens=12) == one
-    again = evaluation.answer(model, samples[::-1], world / "images", batch_size=4, max_new_tokens=12)
+        assert (
+            evaluation.answer(model, samples, world / "images", batch_size=size, max_new_tokens=12)
+            == one
+        )
+    again = evaluation.answer(
+        model, samples[::-1], world / "images", batch_size=4, max_new_tokens=12
+    )
     assert again[::-1] == one
 
 
@@ -219,28 +333,53 @@ def test_pope_reads_its_three_files(finetuned, world, tmp_path, capsys):
     (tmp_path / "pope").mkdir()
     rng, rows = np.random.default_rng(0), {}
     for name in ("random", "popular", "adversarial"):
-        rows[name] = [dict(question_id=i, image=f"{i}.png", text=f"Is there a {name} door in the image?",
-                           label=["yes", "no"][rng.integers(2)]) for i in range(5)]
-        (tmp_path / f"pope/coco_pope_{name}.json").write_text("".join(json.dumps(r) + "\n" for r in rows[name]))
-    flags = ["--model", f"{finetuned}/checkpoints/step_3", "--image_folder", f"{world}/images", "--batch_size", "2"]
+        rows[name] = [
+            dict(
+                question_id=i,
+                image=f"{i}.png",
+                text=f"Is there a {name} door in the image?",
+                label=["yes", "no"][rng.integers(2)],
+            )
+            for i in range(5)
+        ]
+        (tmp_path / f"pope/coco_pope_{name}.json").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows[name])
+        )
+    flags = [
+        "--model",
+        f"{finetuned}/checkpoints/step_3",
+        "--image_folder",
+        f"{world}/images",
+        "--batch_size",
+        "2",
+    ]
     result = evaluation.main(["pope", *flags, "--data", f"{tmp_path}/pope"])["pope"]
     model, f1 = SEAModel.from_run(finetuned / "checkpoints/step_3"), []
     for name in rows:
-        asked = [evaluation.ask(f"{row['text']}\n{evaluation.SHORT}", row["image"]) for row in rows[name]]
+        asked = [
+            evaluation.ask(f"{row['text']}\n{evaluation.SHORT}", row["image"]) for row in rows[name]
+        ]
         said = evaluation.answer(model, asked, world / "images", 1)
         true = [row["label"] == "yes" for row in rows[name]]
-        yes = [not any(w in s.lower().split(".")[0].replace(",", "").split() for w in ("no", "not")) for s in said]
+        yes = [
+            not any(w in s.lower().split(".")[0].replace(",", "").split() for w in ("no", "not"))
+            for s in said
+        ]
         f1.append(sklearn.metrics.f1_score(true, yes, zero_division=0))
         assert result[f"coco_pope_{name}"]["f1"] == pytest.approx(f1[-1])
     assert result["f1"] == pytest.approx(np.mean(f1))
-    one = evaluation.main(["pope", *flags, "--data", f"{tmp_path}/pope/coco_pope_random.json"])["pope"]
+    one = evaluation.main(["pope", *flags, "--data", f"{tmp_path}/pope/coco_pope_random.json"])[
+        "pope"
+    ]
     assert one["coco_pope_random"] == result["coco_pope_random"]
     written = [json.loads(line) for line in (finetuned / "eval.jsonl").read_text().splitlines()]
     assert written[-2] == {"step": 3, "pope": result}
     lines = (tmp_path / "pope/coco_pope_popular.json").read_text().replace('"no"', '"maybe"', 1)
     (tmp_path / "pope/coco_pope_popular.json").write_text(lines)
     number = 1 + next(i for i, line in enumerate(lines.splitlines()) if "maybe" in line)
-    with pytest.raises(UserError, match=f"coco_pope_popular.json, line {number}: no question of POPE"):
+    with pytest.raises(
+        UserError, match=f"coco_pope_popular.json, line {number}: no question of POPE"
+    ):
         evaluation.main(["pope", *flags, "--data", f"{tmp_path}/pope"])
     with pytest.raises(UserError, match="no .json file in this folder"):
         evaluation.main(["pope", *flags, "--data", str(world / "images")])
@@ -250,27 +389,53 @@ def test_pope_reads_its_three_files(finetuned, world, tmp_path, capsys):
 
 def test_vqa_scores_each_kind_of_question(finetuned, world, tmp_path):
     def sample(question, answer, **more):
-        return {"id": question, "conversations": [{"from": "human", "value": question},
-                                                  {"from": "gpt", "value": answer}]} | more
+        return {
+            "id": question,
+            "conversations": [
+                {"from": "human", "value": question},
+                {"from": "gpt", "value": answer},
+            ],
+        } | more
 
     model = SEAModel.from_run(finetuned)
     texts = [f"{q}?\n{evaluation.SHORT}" for q in ("red", "blue")]
-    said = evaluation.answer(model, [evaluation.ask(text, "1.png") for text in texts], world / "images")
+    said = evaluation.answer(
+        model, [evaluation.ask(text, "1.png") for text in texts], world / "images"
+    )
     listed = f"which?\nA. door\nB. wall\n{evaluation.LETTER}"
     [letter] = evaluation.answer(model, [evaluation.ask(listed, "2.png")], world / "images")
-    rows = [sample("red?\n<image>", said[0], image="1.png"), sample("<image>\nblue?", "no", image="1.png"),
-            sample("<image>\nwhich?", "wall", image="2.png", choices=["door", "wall"]), sample("text?", "zebra"),
-            sample("<image>\nwhich?", letter, image="2.png", choices=["door", letter])]
+    rows = [
+        sample("red?\n<image>", said[0], image="1.png"),
+        sample("<image>\nblue?", "no", image="1.png"),
+        sample("<image>\nwhich?", "wall", image="2.png", choices=["door", "wall"]),
+        sample("text?", "zebra"),
+        sample("<image>\nwhich?", letter, image="2.png", choices=["door", letter]),
+    ]
     (tmp_path / "q.json").write_text(json.dumps(rows))
-    flags = ["--model", str(finetuned), "--image_folder", f"{world}/images", "--data", f"{tmp_path}/q.json"]
-    result = evaluation.main(["vqa", *flags, "--out", f"{tmp_path}/new/said.jsonl", "--name", "mine"])["mine"]
+    flags = [
+        "--model",
+        str(finetuned),
+        "--image_folder",
+        f"{world}/images",
+        "--data",
+        f"{tmp_path}/q.json",
+    ]
+    result = evaluation.main(
+        ["vqa", *flags, "--out", f"{tmp_path}/new/said.jsonl", "--name", "mine"]
+    )["mine"]
     log = [json.loads(line) for line in (tmp_path / "new/said.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in log[:2]] == said and log[0]["question"] == texts[0]
-    assert log[0]["right"] and not log[3]["right"] and log[1]["right"] == (normalize(said[1]) == "no")
+    assert (
+        log[0]["right"] and not log[3]["right"] and log[1]["right"] == (normalize(said[1]) == "no")
+    )
     assert log[2]["question"] == listed and log[2]["answer"] == letter
     assert log[2]["right"] == (chosen(letter, ["door", "wall"]) == 1)
-    assert result == {"open": 0.5, "yes/no": float(log[1]["right"]), "choice": (log[2]["right"] + log[4]["right"]) / 2,
-                      "all": sum(line["right"] for line in log) / 5}
+    assert result == {
+        "open": 0.5,
+        "yes/no": float(log[1]["right"]),
+        "choice": (log[2]["right"] + log[4]["right"]) / 2,
+        "all": sum(line["right"] for line in log) / 5,
+    }
     rows[2]["conversations"][1]["value"] = "cat"
     (tmp_path / "q.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match="the answer 'cat' is none of its choices"):
@@ -280,23 +445,41 @@ def test_vqa_scores_each_kind_of_question(finetuned, world, tmp_path):
 def test_vqa_scores_answers_that_are_known(finetuned, tmp_path, monkeypatch):
     said = ["B", "A. door", "The wall.", "C", "No.", "yes", "blue", "Red!"]
     true = ["wall", "B", "B", "wall", "no", "no", "red", "a red"]
-    rows = [{"id": i, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}]} | (
-        {"choices": ["door", "wall"]} if i < 4 else {}) for i, answer in enumerate(true)]
+    rows = [
+        {
+            "id": i,
+            "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}],
+        }
+        | ({"choices": ["door", "wall"]} if i < 4 else {})
+        for i, answer in enumerate(true)
+    ]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     monkeypatch.setattr(evaluation, "answer", lambda *args: said)
     assert evaluation.main(["vqa", "--model", str(finetuned), "--data", f"{tmp_path}/q.json"]) == {
-        "q": {"choice": 2 / 4, "yes/no": 1 / 2, "open": 1 / 2, "all": 4 / 8}}
+        "q": {"choice": 2 / 4, "yes/no": 1 / 2, "open": 1 / 2, "all": 4 / 8}
+    }
 
 
 def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeypatch, capsys):
     lines = iter(["red?", "the wall?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    turns = evaluation.main(["chat", "--model", str(finetuned), "--image", f"{world}/images/3.png",
-                             "--max_new_tokens", "9"])
+    turns = evaluation.main(
+        [
+            "chat",
+            "--model",
+            str(finetuned),
+            "--image",
+            f"{world}/images/3.png",
+            "--max_new_tokens",
+            "9",
+        ]
+    )
     model, streamed = SEAModel.from_run(finetuned), capsys.readouterr().out
     for n in (1, 3):
         asked = [{"from": "human", "value": f"<image>\n{turns[0]['value']}"}, *turns[1:n]]
-        [said] = evaluation.answer(model, [{"image": "3.png", "conversations": asked}], world / "images", 1, 9)
+        [said] = evaluation.answer(
+            model, [{"image": "3.png", "conversations": asked}], world / "images", 1, 9
+        )
         assert turns[n]["value"] == said and said in streamed
     assert [turn["value"] for turn in turns[::2]] == ["red?", "the wall?"]
 
@@ -307,26 +490,61 @@ def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeyp
 def test_a_history_joins_what_runs_and_tools_wrote(tmp_path):
     run = tmp_path / "two_step_9"  # no step of this run
     (run / "vqa").mkdir(parents=True)
-    (run / "metrics.jsonl").write_text('{"step": 1, "val_tacs": 0.1}\n{"step": 2, "val_tacs": 0.2}\n')
-    (run / "eval.jsonl").write_text('{"step": 1, "pope": {"f1": 0.5, "coco": {"f1": 0.4}}}\n'
-                                    '{"step": 1, "pope": {"f1": 0.6}}\n{"step": 2, "qa": {"all": 1}}\n')
-    mmlu = {"mmlu": {"alias": "mmlu", "acc,none": 0.35, "acc_stderr,none": 0.1},
-            "mmlu_stem": {"acc,none": 0.1}, "mmlu_virology": {"acc,none": 0.2}}
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "val_tacs": 0.1}\n{"step": 2, "val_tacs": 0.2}\n'
+    )
+    (run / "eval.jsonl").write_text(
+        '{"step": 1, "pope": {"f1": 0.5, "coco": {"f1": 0.4}}}\n'
+        '{"step": 1, "pope": {"f1": 0.6}}\n{"step": 2, "qa": {"all": 1}}\n'
+    )
+    mmlu = {
+        "mmlu": {"alias": "mmlu", "acc,none": 0.35, "acc_stderr,none": 0.1},
+        "mmlu_stem": {"acc,none": 0.1},
+        "mmlu_virology": {"acc,none": 0.2},
+    }
     groups = {"mmlu": ["mmlu_stem"], "mmlu_stem": ["mmlu_virology"]}
-    pope = {"pope_accuracy,none": 0.7, "pope_accuracy_stderr,none": "N/A", "pope_f1_score,none": 0.75,
-            "pope_f1_score_stderr_clt,none": 0.0}
+    pope = {
+        "pope_accuracy,none": 0.7,
+        "pope_accuracy_stderr,none": "N/A",
+        "pope_f1_score,none": 0.75,
+        "pope_f1_score_stderr_clt,none": 0.0,
+    }
     for name, results in (
-            ("lmms/x__model/20261124_081430_results.json", {"results": {"pope": pope | {"alias": "pope"}}}),
-            ("lmms/a__model/20261124_081431_results.json", {"results": {"pope": pope | {"pope_f1_score,none": 0.8},
-                "coco": {"coco_Bleu_4,none": 0.2, "coco_CIDEr,none": 0.9},
-                "mmvp": {"mmvp_accuracy,none": 0.6, "mmvp_pair_accuracy,none": 0.3}, "broken": {"alias": "x"}}}),
-            ("lm/step_7__step_1/results_2026-11-24T00-15-22.398486.json", {"results": mmlu, "group_subtasks": groups})):
+        (
+            "lmms/x__model/20261124_081430_results.json",
+            {"results": {"pope": pope | {"alias": "pope"}}},
+        ),
+        (
+            "lmms/a__model/20261124_081431_results.json",
+            {
+                "results": {
+                    "pope": pope | {"pope_f1_score,none": 0.8},
+                    "coco": {"coco_Bleu_4,none": 0.2, "coco_CIDEr,none": 0.9},
+                    "mmvp": {"mmvp_accuracy,none": 0.6, "mmvp_pair_accuracy,none": 0.3},
+                    "broken": {"alias": "x"},
+                }
+            },
+        ),
+        (
+            "lm/step_7__step_1/results_2026-11-24T00-15-22.398486.json",
+            {"results": mmlu, "group_subtasks": groups},
+        ),
+    ):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(json.dumps(results))
     found = evaluation.history(run)
-    assert found["val_tacs"] == {1: 0.1, 2: 0.2} and found["pope f1"] == {1: 0.6} and found["pope coco f1"] == {1: 0.4}
+    assert (
+        found["val_tacs"] == {1: 0.1, 2: 0.2}
+        and found["pope f1"] == {1: 0.6}
+        and found["pope coco f1"] == {1: 0.4}
+    )
     assert {name: steps for name, steps in found.items() if name.endswith(" all")} == {
-        "pope all": {2: 0.8}, "coco all": {2: 0.9}, "mmvp all": {2: 0.3}, "mmlu all": {1: 0.35}, "qa all": {2: 1}}
+        "pope all": {2: 0.8},
+        "coco all": {2: 0.9},
+        "mmvp all": {2: 0.3},
+        "mmlu all": {1: 0.35},
+        "qa all": {2: 1},
+    }
     for text in ('{"id": 1}\n{"id": 2}', '{"results": 3}'):
         (run / "vqa/my_results.json").write_text(text)
         with pytest.raises(UserError, match="my_results.json: not what lmms-eval .* move it out"):
@@ -335,7 +553,12 @@ def test_a_history_joins_what_runs_and_tools_wrote(tmp_path):
 
 def test_which_measures_are_benchmarks():
     assert all(map(evaluation.is_score, ("val_tacs", "tacs", "pope f1", "gqa all")))
-    assert not any(map(evaluation.is_score, ("true all", "words all", "pope coco_pope_random f1", "qa open", "D")))
+    assert not any(
+        map(
+            evaluation.is_score,
+            ("true all", "words all", "pope coco_pope_random f1", "qa open", "D"),
+        )
+    )
 
 
 def test_the_table_is_the_mean_and_the_range_of_the_last_values(capsys):
@@ -348,35 +571,93 @@ def test_the_table_is_the_mean_and_the_range_of_the_last_values(capsys):
 def drawn(monkeypatch):
     """The figures that were saved, by file name."""
     from matplotlib.figure import Figure
+
     found, save = {}, Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: (
-        found.update({str(path).split("/")[-1]: self}), save(self, path, **kwargs))[1])
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, path, **kwargs: (
+            found.update({str(path).split("/")[-1]: self}),
+            save(self, path, **kwargs),
+        )[1],
+    )
     return found
 
 
 def test_figures_are_drawn_from_what_runs_left(flags, run, world, tmp_path, capsys, drawn):
     base, alone, score = str(tmp_path / "base"), tmp_path / "alone", {}
-    train.main([*flags, "--out_dir", base, "--sea_weight", "0", "--labels", "", "--save_every", "3", "--keep", "0"])
+    train.main(
+        [
+            *flags,
+            "--out_dir",
+            base,
+            "--sea_weight",
+            "0",
+            "--labels",
+            "",
+            "--save_every",
+            "3",
+            "--keep",
+            "0",
+        ]
+    )
     (tmp_path / "q.json").write_text((world / "train.json").read_text())
-    data = ["--data", f"{tmp_path}/q.json", "--image_folder", f"{world}/images", "--max_new_tokens", "2"]
+    data = [
+        "--data",
+        f"{tmp_path}/q.json",
+        "--image_folder",
+        f"{world}/images",
+        "--max_new_tokens",
+        "2",
+    ]
     for kind, folder in (("baseline", base), ("SEA", run)):
-        score[kind] = [evaluation.main(["vqa", "--model", f"{folder}/checkpoints/step_{step}", *data, "--name", name])[
-            name]["all"] for step in (3, 6) for name in "abc"][2::3]
-    evaluation.main(["figures", "--model", str(run), "--baseline", base, "--out", f"{tmp_path}/f", "--samples", "4"])
-    assert {path.name for path in (tmp_path / "f").iterdir()} == {"tsne.png", "curves.png", "radar.png"} == set(drawn)
+        score[kind] = [
+            evaluation.main(
+                ["vqa", "--model", f"{folder}/checkpoints/step_{step}", *data, "--name", name]
+            )[name]["all"]
+            for step in (3, 6)
+            for name in "abc"
+        ][2::3]
+    evaluation.main(
+        [
+            "figures",
+            "--model",
+            str(run),
+            "--baseline",
+            base,
+            "--out",
+            f"{tmp_path}/f",
+            "--samples",
+            "4",
+        ]
+    )
+    assert (
+        {path.name for path in (tmp_path / "f").iterdir()}
+        == {"tsne.png", "curves.png", "radar.png"}
+        == set(drawn)
+    )
     panels = {axes.get_title(): axes for axes in drawn["curves.png"].axes}
     assert set(panels) == {"val_tacs", "a all", "b all", "c all"}
     lines = {line.get_label(): line for line in panels["c all"].lines}
     assert {kind: [*line.get_ydata()] for kind, line in lines.items()} == score
     for kind, folder in (("baseline", base), ("SEA", run)):
         [line] = [line for line in panels["val_tacs"].lines if line.get_label() == kind]
-        assert [*line.get_ydata()] == [m["val_tacs"] for m in evaluation._lines(run.parent / folder / "metrics.jsonl")
-                                       if "val_tacs" in m]
+        assert [*line.get_ydata()] == [
+            m["val_tacs"]
+            for m in evaluation._lines(run.parent / folder / "metrics.jsonl")
+            if "val_tacs" in m
+        ]
     [radar] = drawn["radar.png"].axes
-    assert [label.get_text().split("\n")[0] for label in radar.get_xticklabels()] == ["a all", "b all", "c all"]
+    assert [label.get_text().split("\n")[0] for label in radar.get_xticklabels()] == [
+        "a all",
+        "b all",
+        "c all",
+    ]
     assert [axes.get_title() for axes in drawn["tsne.png"].axes] == ["baseline", "SEA"]
     for axes in drawn["tsne.png"].axes:
-        assert {dots.get_label(): len(dots.get_offsets()) for dots in axes.collections}["visual tokens"] == 4 * 25
+        assert {dots.get_label(): len(dots.get_offsets()) for dots in axes.collections}[
+            "visual tokens"
+        ] == 4 * 25
     assert "no radar.png" not in capsys.readouterr().out
     shutil.copytree(run / "model", alone)
     with pytest.raises(UserError, match="must be training runs"):
@@ -392,7 +673,10 @@ def test_curves_and_radars_show_the_values(tmp_path, drawn):
     assert (heights.min(), heights.max()) == (1, 6)
     scores = {"a": {"x": 1.0, "y": 4.0, "z": 2.0}, "b": {"x": 2.0, "y": 3.0, "z": 2.0}}
     evaluation.draw_radar(scores, tmp_path / "r.png")
-    assert [[*line.get_ydata()] for line in drawn["r.png"].axes[0].lines] == [[0.5, 1, 1, 0.5], [1, 0.75, 1, 1]]
+    assert [[*line.get_ydata()] for line in drawn["r.png"].axes[0].lines] == [
+        [0.5, 1, 1, 0.5],
+        [1, 0.75, 1, 1],
+    ]
 
 
 def test_a_missing_package_is_asked_for_by_name():

@@ -50,7 +50,10 @@ from labels import (
     word_embeddings,
 )
 
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)  # of the tiny world, whose images are 30 x 30, patches 6 x 6
+MEAN, STD = (
+    (0.48, 0.46, 0.41),
+    (0.27, 0.26, 0.28),
+)  # of the tiny world, whose images are 30 x 30, patches 6 x 6
 
 
 # ---------------------------------------------------------------------------------------------- nearest words
@@ -63,8 +66,10 @@ def sorted_words(patches, words, n, sign, min_score):
     best = np.take_along_axis(scores, order, 1)
     rows, columns = max(0, n - len(words)), best > min_score
     pad = ((0, 0), (0, rows))
-    return (torch.from_numpy(np.pad(np.where(columns, order, -1), pad, constant_values=-1)),
-            torch.from_numpy(np.pad(np.where(columns, best, 0), pad)))
+    return (
+        torch.from_numpy(np.pad(np.where(columns, order, -1), pad, constant_values=-1)),
+        torch.from_numpy(np.pad(np.where(columns, best, 0), pad)),
+    )
 
 
 def vectors(kind, P, q, seed=0):
@@ -72,28 +77,51 @@ def vectors(kind, P, q, seed=0):
     g = torch.Generator().manual_seed(seed)
     if kind == "integers":
         return [torch.randint(-2, 3, (rows, 3), generator=g).float() for rows in (P, q)]
-    return [F.normalize(torch.randn(rows, 6, generator=g, dtype=torch.float64), dim=-1) for rows in (P, q)]
+    return [
+        F.normalize(torch.randn(rows, 6, generator=g, dtype=torch.float64), dim=-1)
+        for rows in (P, q)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["integers", "random"])
-@pytest.mark.parametrize("P, q, n, sign, min_score", [
-    (40, 1, 10, 1, 0), (40, 9, 10, -1, 0), (40, 10, 10, 1, 0), (40, 10, 1, -1, 0), (40, 11, 10, 1, 0.5),
-    (40, 5000, 10, -1, 0), (40, 5000, 10, 1, 7.5), (40, 5000, 4200, 1, 0), (12, 50_000, 10, 1, 0.9),
-    (12, 50_000, 1, -1, 0), (4100, 7, 4, 1, 0.3), (4096, 5, 5, -1, 0), (1, 4097, 3, 1, 0),
-])
+@pytest.mark.parametrize(
+    "P, q, n, sign, min_score",
+    [
+        (40, 1, 10, 1, 0),
+        (40, 9, 10, -1, 0),
+        (40, 10, 10, 1, 0),
+        (40, 10, 1, -1, 0),
+        (40, 11, 10, 1, 0.5),
+        (40, 5000, 10, -1, 0),
+        (40, 5000, 10, 1, 7.5),
+        (40, 5000, 4200, 1, 0),
+        (12, 50_000, 10, 1, 0.9),
+        (12, 50_000, 1, -1, 0),
+        (4100, 7, 4, 1, 0.3),
+        (4096, 5, 5, -1, 0),
+        (1, 4097, 3, 1, 0),
+    ],
+)
 def test_nearest_words_equal_a_full_stable_sort(kind, P, q, n, sign, min_score):
     patches, words = vectors(kind, P, q)
     ids, scores = nearest_words(patches, words, n, sign, min_score)
     expected_ids, expected_scores = sorted_words(patches, words, n, sign, min_score)
-    assert ids.dtype == torch.int64 and scores.dtype == torch.float32 and ids.shape == scores.shape == (P, n)
+    assert (
+        ids.dtype == torch.int64
+        and scores.dtype == torch.float32
+        and ids.shape == scores.shape == (P, n)
+    )
     assert ids.equal(expected_ids)
     torch.testing.assert_close(scores.double(), expected_scores, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("sign, expected_ids, expected_scores", [
-    (1, [[1, 3, 5, 0], [2, -1, -1, -1]], [[0.75, 0.75, 0.75, 0.25], [0.5, 0, 0, 0]]),
-    (-1, [[2, 4, -1, -1], [1, 3, 5, 0]], [[0.5, 0.5, 0, 0], [0.75, 0.75, 0.75, 0.25]]),
-])
+@pytest.mark.parametrize(
+    "sign, expected_ids, expected_scores",
+    [
+        (1, [[1, 3, 5, 0], [2, -1, -1, -1]], [[0.75, 0.75, 0.75, 0.25], [0.5, 0, 0, 0]]),
+        (-1, [[2, 4, -1, -1], [1, 3, 5, 0]], [[0.5, 0.5, 0, 0], [0.75, 0.75, 0.75, 0.25]]),
+    ],
+)
 def test_nearest_words_by_hand(sign, expected_ids, expected_scores):
     """Words 1, 3 and 5 are the same, so are 2 and 4; the second patch is the opposite of the first, but for word 4."""
     words = torch.tensor([[0.25, 0], [0.75, 0], [-0.5, 0], [0.75, 0], [-0.5, 0.5], [0.75, 0]])
@@ -102,12 +130,17 @@ def test_nearest_words_by_hand(sign, expected_ids, expected_scores):
 
 
 def test_a_word_at_min_score_is_left_out():
-    ids, scores = nearest_words(torch.ones(1, 1), torch.tensor([[0.5], [0.25], [0.125], [0.0]]), 4, 1, min_score=0.25)
+    ids, scores = nearest_words(
+        torch.ones(1, 1), torch.tensor([[0.5], [0.25], [0.125], [0.0]]), 4, 1, min_score=0.25
+    )
     assert ids.tolist() == [[0, -1, -1, -1]] and scores.tolist() == [[0.5, 0, 0, 0]]
 
 
 def test_equal_words_more_than_a_block_apart_come_by_id():
-    words = F.normalize(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0)), dim=-1) * 0.9
+    words = (
+        F.normalize(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+        * 0.9
+    )
     words[[17, 4095, 4096, 9000, 19_999]] = torch.tensor([0.0, 0, 0, 1])
     ids, _ = nearest_words(torch.tensor([[0.0, 0, 0, 1]]), words, 4, 1)
     assert ids.tolist() == [[17, 4095, 4096, 9000]]
@@ -184,7 +217,9 @@ def test_more_equal_best_words_than_candidates_are_sorted(fast, stages, q, d):
     for word, places in enumerate(copies):
         words[word] = F.normalize(patches[word] + 0.01 * words[word], dim=0)
         words[places], index[places] = words[word].clone(), word
-    scores = np.stack([(words.double() * p).sum(1).numpy() for p in patches.double()])[:, index]  # of copies, the same
+    scores = np.stack([(words.double() * p).sum(1).numpy() for p in patches.double()])[
+        :, index
+    ]  # of copies, the same
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     for word in range(4):
         assert expected[word].tolist() == sorted([word, *copies[word]])[:5]
@@ -208,7 +243,11 @@ class Candidates(TorchDispatchMode):
     """The ids of the words that are scored in float64."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.index.Tensor and len(args[1]) == 1 and args[1][0].dtype == torch.int64:
+        if (
+            func is torch.ops.aten.index.Tensor
+            and len(args[1]) == 1
+            and args[1][0].dtype == torch.int64
+        ):
             self.ids.append(args[1][0])
         return func(*args, **(kwargs or {}))
 
@@ -226,20 +265,39 @@ def hidden_by_rounding(kind, d=64):
     small = torch.full((d,), 2.0**-25)
     small[0], small[-1] = 1, -1
     patch, word = {
-        "patch": (off, zigzag), "word": (zigzag, off), "addition": (one, small),
+        "patch": (off, zigzag),
+        "word": (zigzag, off),
+        "addition": (one, small),
         "product": (torch.tensor([1.0, 1]), torch.tensor([1.0, 2**-8 - 2**-16])),
-        "negative product": (torch.tensor([1.0, 1]), torch.tensor([-1.0, 2**-9 - 2**-17]))}[kind]
+        "negative product": (torch.tensor([1.0, 1]), torch.tensor([-1.0, 2**-9 - 2**-17])),
+    }[kind]
     others = -8 * word.expand(25, -1) if kind == "negative product" else -word.expand(200, -1)
     return patch.expand(3, -1).clone(), torch.cat([word.expand(200, -1), others])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", ["random", "close", "closest", "few", "double", "long", "patch", "word", "addition",
-                                  "product", "negative product"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "random",
+        "close",
+        "closest",
+        "few",
+        "double",
+        "long",
+        "patch",
+        "word",
+        "addition",
+        "product",
+        "negative product",
+    ],
+)
 def test_no_word_beyond_the_candidates_scores_more_than_the_bound(kind, dtype):
     n = 2  # 32 candidates
     if kind in ("random", "close", "closest", "few", "double", "long"):
-        patches, words = spread(50, 9000, {"close": 1e-3, "closest": 1e-7}.get(kind), d=3 if kind == "few" else 768)
+        patches, words = spread(
+            50, 9000, {"close": 1e-3, "closest": 1e-7}.get(kind), d=3 if kind == "few" else 768
+        )
         if kind == "double":
             patches, words = (F.normalize(v.double() + 1e-9, dim=-1) for v in (patches, words))
         if kind == "long":
@@ -249,10 +307,15 @@ def test_no_word_beyond_the_candidates_scores_more_than_the_bound(kind, dtype):
     with Candidates() as candidates:
         ids, scores, bound = _search(patches, words, n, dtype)
     chosen = torch.cat(candidates.ids)
-    assert chosen.shape == (len(patches), 4 * n + 24) and all(len(set(row)) == 32 for row in chosen.tolist())
+    assert chosen.shape == (len(patches), 4 * n + 24) and all(
+        len(set(row)) == 32 for row in chosen.tolist()
+    )
     exact = patches.double() @ words.double().T
     assert (exact.scatter(1, chosen, -torch.inf).amax(1) <= bound).all()
-    assert (bound - exact.gather(1, chosen).amin(1) < 0.1 * patches.norm(dim=1) * words.norm(dim=1).max()).all()
+    assert (
+        bound - exact.gather(1, chosen).amin(1)
+        < 0.1 * patches.norm(dim=1) * words.norm(dim=1).max()
+    ).all()
     torch.testing.assert_close(scores, exact.gather(1, chosen).topk(n)[0])
     torch.testing.assert_close(exact.gather(1, ids), scores)
 
@@ -266,9 +329,15 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        ours = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        ours = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in ours:  # not a view of an argument
+            if (
+                isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in ours
+            ):  # not a view of an argument
                 self.alive[StorageWeakRef(t.untyped_storage())] = t.untyped_storage().nbytes()
         self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
         self.peak = max(self.peak, sum(self.alive.values()))
@@ -309,8 +378,13 @@ def random_pixels(size=30):
 def block_inputs(visual, pixels):
     """What each block receives in open_clip's own forward pass."""
     inputs = []
-    hooks = [block.register_forward_pre_hook(lambda _, args, kwargs: inputs.append(args[0] if args else kwargs["q_x"]),
-                                             with_kwargs=True) for block in visual.transformer.resblocks]
+    hooks = [
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs: inputs.append(args[0] if args else kwargs["q_x"]),
+            with_kwargs=True,
+        )
+        for block in visual.transformer.resblocks
+    ]
     visual(pixels)
     for hook in hooks:
         hook.remove()
@@ -323,7 +397,7 @@ def finish(visual, x):
 
 def value_weights(attn):
     width = attn.embed_dim
-    return attn.in_proj_weight[2 * width:], attn.in_proj_bias[2 * width:]
+    return attn.in_proj_weight[2 * width :], attn.in_proj_bias[2 * width :]
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +409,9 @@ def test_last_is_open_clips_tokens_in_the_texts_space(encoder, monkeypatch):
     visual, pixels = encoder.visual, random_pixels()
     monkeypatch.setattr(visual, "output_tokens", True)
     _, tokens = visual(pixels)
-    torch.testing.assert_close(patch_embeddings(encoder, pixels, "last"), F.normalize(tokens @ visual.proj, dim=-1))
+    torch.testing.assert_close(
+        patch_embeddings(encoder, pixels, "last"), F.normalize(tokens @ visual.proj, dim=-1)
+    )
 
 
 def test_last_of_an_image_of_one_patch_is_encode_image(world):
@@ -351,7 +427,9 @@ def test_value_is_the_last_blocks_formula_for_one_token(encoder):
     x = block_inputs(visual, random_pixels())[-1]
     y = x + block.attn.out_proj(F.linear(block.ln_1(x), *value_weights(block.attn)))
     y = y + block.mlp(block.ln_2(y))
-    torch.testing.assert_close(patch_embeddings(encoder, random_pixels(), "value"), finish(visual, y))
+    torch.testing.assert_close(
+        patch_embeddings(encoder, random_pixels(), "value"), finish(visual, y)
+    )
 
 
 @pytest.mark.parametrize("layers", [2, 6, 8])
@@ -367,7 +445,9 @@ def test_vv_is_clip_surgery(world, layers):
                 v = tokens @ w.T + c
                 heads.append(torch.softmax(v @ v.T / 16**0.5, dim=-1) @ v)
             surgery[b] += block.attn.out_proj(torch.cat(heads, dim=-1))
-    torch.testing.assert_close(patch_embeddings(clip, random_pixels(), "vv"), finish(visual, surgery))
+    torch.testing.assert_close(
+        patch_embeddings(clip, random_pixels(), "vv"), finish(visual, surgery)
+    )
 
 
 @pytest.mark.parametrize("path", ["last", "value", "vv"])
@@ -381,30 +461,45 @@ def test_patch_embeddings_are_normalised_and_without_gradient(encoder, path):
 def siglip(name="test_vit", width=64, **trunk):
     """A CLIP whose tower is timm's and pools by attention; trunk: a shape that timm has no name for."""
     clip = open_clip.CustomTextCLIP(
-        embed_dim=width, text_cfg=dict(context_length=77, vocab_size=100, width=16, heads=2, layers=1),
-        vision_cfg=dict(timm_model_name=name, timm_pool="map", timm_proj="none", image_size=160))
+        embed_dim=width,
+        text_cfg=dict(context_length=77, vocab_size=100, width=16, heads=2, layers=1),
+        vision_cfg=dict(timm_model_name=name, timm_pool="map", timm_proj="none", image_size=160),
+    )
     if trunk:
-        clip.visual.trunk = VisionTransformer(**trunk, embed_dim=width, depth=2, num_heads=2, class_token=False,
-                                              global_pool="map", num_classes=0)
+        clip.visual.trunk = VisionTransformer(
+            **trunk,
+            embed_dim=width,
+            depth=2,
+            num_heads=2,
+            class_token=False,
+            global_pool="map",
+            num_classes=0,
+        )
     return shaken(clip)
 
 
 def pooled_alone(trunk, pixels):
     """timm's pooling of one patch token at a time."""
-    tokens = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens:]
-    return torch.stack([trunk.attn_pool(tokens[:, i:i + 1]) for i in range(tokens.shape[1])], dim=1)
+    tokens = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :]
+    return torch.stack(
+        [trunk.attn_pool(tokens[:, i : i + 1]) for i in range(tokens.shape[1])], dim=1
+    )
 
 
 def test_siglip_pools_each_patch_alone():
     clip, pixels = siglip(img_size=32, patch_size=8), random_pixels(32)
     patches = patch_embeddings(clip, pixels, "value")
     assert patches.shape == (4, 16, 64)
-    torch.testing.assert_close(patches, F.normalize(pooled_alone(clip.visual.trunk, pixels), dim=-1))
+    torch.testing.assert_close(
+        patches, F.normalize(pooled_alone(clip.visual.trunk, pixels), dim=-1)
+    )
 
 
 def test_siglip_of_an_image_of_one_patch_is_encode_image():
     clip, pixels = siglip(img_size=32, patch_size=32), random_pixels(32)
-    torch.testing.assert_close(patch_embeddings(clip, pixels, "value")[:, 0], clip.encode_image(pixels, normalize=True))
+    torch.testing.assert_close(
+        patch_embeddings(clip, pixels, "value")[:, 0], clip.encode_image(pixels, normalize=True)
+    )
 
 
 @pytest.mark.parametrize("name, width", [("test_vit", 64), ("test_vit3", 96)])
@@ -413,17 +508,31 @@ def test_prefix_tokens_of_a_timm_tower_are_no_patches(name, width):
     clip, pixels = siglip(name, width), random_pixels(160)
     patches = patch_embeddings(clip, pixels, "value")
     assert patches.shape == (4, 100, width)
-    torch.testing.assert_close(patches, F.normalize(pooled_alone(clip.visual.trunk, pixels), dim=-1))
+    torch.testing.assert_close(
+        patches, F.normalize(pooled_alone(clip.visual.trunk, pixels), dim=-1)
+    )
 
 
 @pytest.mark.parametrize("proj", ["linear", "mlp", "none"])
 def test_a_timm_tower_that_pools_by_the_mean_has_the_path_last(proj):
     """Of an image of one patch the mean is this patch's embedding."""
     clip = open_clip.CustomTextCLIP(
-        embed_dim=64, text_cfg=dict(context_length=77, vocab_size=100, width=16, heads=2, layers=1),
-        vision_cfg=dict(timm_model_name="test_vit", timm_pool="avg", timm_proj=proj, image_size=160))
-    clip.visual.trunk = VisionTransformer(img_size=32, patch_size=32, embed_dim=64, depth=2, num_heads=2,
-                                          class_token=False, global_pool="avg", num_classes=0)
+        embed_dim=64,
+        text_cfg=dict(context_length=77, vocab_size=100, width=16, heads=2, layers=1),
+        vision_cfg=dict(
+            timm_model_name="test_vit", timm_pool="avg", timm_proj=proj, image_size=160
+        ),
+    )
+    clip.visual.trunk = VisionTransformer(
+        img_size=32,
+        patch_size=32,
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        class_token=False,
+        global_pool="avg",
+        num_classes=0,
+    )
     shaken(clip)
     assert patch_paths(clip) == ["last"]
     patches = patch_embeddings(clip, random_pixels(32), "last")
@@ -436,11 +545,18 @@ def test_patch_paths(encoder):
     assert patch_paths(siglip(img_size=32, patch_size=8)) == ["value"]
 
 
-@pytest.mark.parametrize("vision, size", [
-    (dict(layers=[1, 1, 1, 1], width=16, image_size=64), 64),  # a ResNet with CLIP's attention pool
-    (dict(attentional_pool=True), 30), (dict(attentional_pool=True, attn_pooler_queries=1), 30),  # as CoCa
-    (dict(timm_model_name="resnet18", timm_pool="avg", timm_proj="linear", image_size=64), 64),
-])
+@pytest.mark.parametrize(
+    "vision, size",
+    [
+        (
+            dict(layers=[1, 1, 1, 1], width=16, image_size=64),
+            64,
+        ),  # a ResNet with CLIP's attention pool
+        (dict(attentional_pool=True), 30),
+        (dict(attentional_pool=True, attn_pooler_queries=1), 30),  # as CoCa
+        (dict(timm_model_name="resnet18", timm_pool="avg", timm_proj="linear", image_size=64), 64),
+    ],
+)
 def test_towers_whose_patches_cannot_be_read_alone_are_refused(world, vision, size):
     clip = tiny_clip(world, **vision)
     for path in patch_paths(clip):
@@ -459,32 +575,53 @@ def test_paths_that_a_tower_does_not_have_are_refused(encoder):
 # -------------------------------------------------------------------------------------------- word embeddings
 
 
-@pytest.mark.parametrize("keywords, prompt", [({}, "a photo of a {}."), (dict(prompt="{}"), "{}"),
-                                              (dict(prompt="some {} here", batch_size=2), "some {} here")])
+@pytest.mark.parametrize(
+    "keywords, prompt",
+    [
+        ({}, "a photo of a {}."),
+        (dict(prompt="{}"), "{}"),
+        (dict(prompt="some {} here", batch_size=2), "some {} here"),
+    ],
+)
 def test_word_embeddings_equal_encode_text_one_by_one(encoder, keywords, prompt):
     words = ["red", "polka-dot", "traffic light", "a", "sky"]
     tokenize = open_clip.SimpleTokenizer()
-    expected = torch.cat([encoder.encode_text(tokenize([prompt.replace("{}", word)])) for word in words])
-    torch.testing.assert_close(word_embeddings(encoder, words, **keywords), F.normalize(expected, dim=-1))
+    expected = torch.cat(
+        [encoder.encode_text(tokenize([prompt.replace("{}", word)])) for word in words]
+    )
+    torch.testing.assert_close(
+        word_embeddings(encoder, words, **keywords), F.normalize(expected, dim=-1)
+    )
 
 
-@pytest.mark.parametrize("custom, text, shorter", [
-    (False, {}, True), (True, {}, True), (False, dict(no_causal_mask=True), False),
-    (True, dict(no_causal_mask=True, pool_type="last"), False), (True, dict(pool_type="last"), False),
-    (True, dict(no_causal_mask=True), False), (True, dict(embed_cls=True, pad_id=0), False),
-])
+@pytest.mark.parametrize(
+    "custom, text, shorter",
+    [
+        (False, {}, True),
+        (True, {}, True),
+        (False, dict(no_causal_mask=True), False),
+        (True, dict(no_causal_mask=True, pool_type="last"), False),
+        (True, dict(pool_type="last"), False),
+        (True, dict(no_causal_mask=True), False),
+        (True, dict(embed_cls=True, pad_id=0), False),
+    ],
+)
 def test_a_shortened_context_changes_nothing(world, custom, text, shorter):
     config = json.loads((world / "clip/open_clip_config.json").read_text())["model_cfg"]
     config["text_cfg"] = config["text_cfg"] | dict(layers=3) | text
     clip = shaken((open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config))
     clip.tokenizer, lengths = open_clip.SimpleTokenizer(), []
     (clip.text if custom else clip).transformer.register_forward_pre_hook(
-        lambda _, args: lengths.append(max(args[0].shape[:2])))
+        lambda _, args: lengths.append(max(args[0].shape[:2]))
+    )
     words = ["red", "polka-dot", "traffic light", "a", "x" * 60]
     found = word_embeddings(clip, words, batch_size=1)
     tokens = clip.tokenizer([f"a photo of a {word}." for word in words])
-    assert lengths == [77 + ("embed_cls" in text)] * 5 if not shorter else \
-        lengths == [int((row != 0).sum()) for row in tokens] and max(lengths) < 77
+    assert (
+        lengths == [77 + ("embed_cls" in text)] * 5
+        if not shorter
+        else lengths == [int((row != 0).sum()) for row in tokens] and max(lengths) < 77
+    )
     together = word_embeddings(clip, words)
     expected = F.normalize(clip.encode_text(tokens), dim=-1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -493,7 +630,9 @@ def test_a_shortened_context_changes_nothing(world, custom, text, shorter):
 
 def test_a_text_longer_than_the_context_is_cut_as_open_clip_cuts_it(encoder):
     expected = encoder.encode_text(open_clip.SimpleTokenizer()(["red " * 100]), normalize=True)
-    torch.testing.assert_close(word_embeddings(encoder, ["red " * 100], "{}"), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        word_embeddings(encoder, ["red " * 100], "{}"), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_encoder_geometry_is_the_encoders_own(encoder):
@@ -506,9 +645,20 @@ def test_encoder_geometry_is_the_encoders_own(encoder):
 @pytest.fixture(scope="module")
 def settings(world):
     """Arguments of extract, other than the encoder's defaults throughout."""
-    return dict(data=str(world / "train.json"), image_folder=str(world / "images"), words=str(world / "words.txt"),
-                encoder=str(world / "clip"), path="last", sign=-1, prompt="the {}", n=4, min_score=0.05, batch_size=7,
-                shard=10, workers=0)
+    return dict(
+        data=str(world / "train.json"),
+        image_folder=str(world / "images"),
+        words=str(world / "words.txt"),
+        encoder=str(world / "clip"),
+        path="last",
+        sign=-1,
+        prompt="the {}",
+        n=4,
+        min_score=0.05,
+        batch_size=7,
+        shard=10,
+        workers=0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -545,7 +695,10 @@ def cut_to_mass(ids, scores, mass, scale):
     """The fewest labels of each patch whose probabilities add up to mass, in a plain loop."""
     ids, scores = ids.clone(), scores.clone()
     for row, row_scores in zip(ids, scores):
-        weights = [math.exp(scale * s) if w >= 0 else 0.0 for w, s in zip(row.tolist(), row_scores.tolist())]
+        weights = [
+            math.exp(scale * s) if w >= 0 else 0.0
+            for w, s in zip(row.tolist(), row_scores.tolist())
+        ]
         total = 0.0
         for k, weight in enumerate(weights):
             if total >= mass * sum(weights):
@@ -554,14 +707,27 @@ def cut_to_mass(ids, scores, mass, scale):
     return ids, scores
 
 
-@pytest.mark.parametrize("path, sign, more", [
-    ("last", -1, {}), ("value", 1, {}), ("vv", 1, {}), ("value", 1, dict(center=True)),
-    ("last", 1, dict(mass=0.3)), ("vv", -1, dict(center=True, mass=0.5, n=20)),
-])
-def test_the_store_holds_what_each_image_alone_would_get(world, settings, tmp_path, path, sign, more):
+@pytest.mark.parametrize(
+    "path, sign, more",
+    [
+        ("last", -1, {}),
+        ("value", 1, {}),
+        ("vv", 1, {}),
+        ("value", 1, dict(center=True)),
+        ("last", 1, dict(mass=0.3)),
+        ("vv", -1, dict(center=True, mass=0.5, n=20)),
+    ],
+)
+def test_the_store_holds_what_each_image_alone_would_get(
+    world, settings, tmp_path, path, sign, more
+):
     chosen = settings | dict(path=path, sign=sign) | more
     extract(**chosen, out=str(tmp_path / "labels"))
-    store, clip, seen_none = LabelStore(tmp_path / "labels"), load_encoder(str(world / "clip")), set()
+    store, clip, seen_none = (
+        LabelStore(tmp_path / "labels"),
+        load_encoder(str(world / "clip")),
+        set(),
+    )
     samples = load_samples(world / "train.json")
     words = (world / "words.txt").read_text().split()
     assert len(store) == len(samples) == 24 and store.words == words
@@ -571,11 +737,14 @@ def test_the_store_holds_what_each_image_alone_would_get(world, settings, tmp_pa
     for i, sample in enumerate(samples):
         image = Image.open(world / "images" / sample["image"]).convert("RGB")
         pixels = geometry(image, size=30, mode="square", mean=MEAN, std=STD).unsqueeze(0)
-        expected_ids, expected_scores = sorted_words(patch_embeddings(clip, pixels, path)[0], embeds, n, sign, 0.05)
+        expected_ids, expected_scores = sorted_words(
+            patch_embeddings(clip, pixels, path)[0], embeds, n, sign, 0.05
+        )
         if "mass" in more:
             whole = expected_ids
-            expected_ids, expected_scores = cut_to_mass(whole, expected_scores, more["mass"],
-                                                        clip.logit_scale.exp().item())
+            expected_ids, expected_scores = cut_to_mass(
+                whole, expected_scores, more["mass"], clip.logit_scale.exp().item()
+            )
             assert not expected_ids.equal(whole)
         ids, scores = store[i]
         assert (ids.dtype, scores.dtype, ids.shape) == (torch.int64, torch.float32, (25, n))
@@ -604,7 +773,11 @@ def test_most_likely_by_hand():
     scores[0, 0] = math.log(2) / 10
     for mass, kept in [(0.4, 1), (0.6, 2), (0.74, 2), (0.76, 3)]:
         found_ids, found_scores = most_likely(ids, scores, mass, 10.0)
-        assert found_ids.tolist() == [[5, 3, 8][:kept] + [-1] * (4 - kept), [7, -1, -1, -1], [-1] * 4]
+        assert found_ids.tolist() == [
+            [5, 3, 8][:kept] + [-1] * (4 - kept),
+            [7, -1, -1, -1],
+            [-1] * 4,
+        ]
         assert found_scores.equal(scores)  # what is cut has a score of 0 here anyway
 
 
@@ -618,11 +791,15 @@ def test_bfloat16_labels_are_about_those_of_float32(settings, store, tmp_path):
     assert agree > 0.8
     np.testing.assert_allclose(found["scores"], expected["scores"], atol=0.06)
     assert ((found["ids"] < 10) | (found["ids"] == 65535)).all()
-    assert ((found["ids"] == 65535) == (found["scores"] == 0)).all() and (np.diff(found["scores"], axis=2) <= 0).all()
+    assert ((found["ids"] == 65535) == (found["scores"] == 0)).all() and (
+        np.diff(found["scores"], axis=2) <= 0
+    ).all()
 
 
-@pytest.mark.parametrize("encoder_default, path, sign", [({}, "value", 1), (dict(path="last"), "last", -1),
-                                                         (dict(path="vv"), "vv", 1)])
+@pytest.mark.parametrize(
+    "encoder_default, path, sign",
+    [({}, "value", 1), (dict(path="last"), "last", -1), (dict(path="vv"), "vv", 1)],
+)
 def test_default_path_and_sign(settings, tmp_path, encoder_default, path, sign):
     chosen = {k: v for k, v in settings.items() if k not in ("path", "sign")} | encoder_default
     extract(**chosen, out=str(tmp_path / "labels"))
@@ -637,16 +814,24 @@ def hand_store(folder, words, ids, scores=0.25, id_type=np.uint16, shard=2, **me
     (folder / "words.txt").write_text("\n".join(words) + "\n")
     meta = dict(images=len(ids), shard=shard, n=ids.shape[2], words=digest(words)) | meta
     (folder / "meta.json").write_text(json.dumps(meta))
-    rows = np.zeros(len(ids), [("ids", id_type, ids.shape[1:]), ("scores", np.float16, ids.shape[1:]),
-                               ("crc", np.uint32)])
+    rows = np.zeros(
+        len(ids),
+        [
+            ("ids", id_type, ids.shape[1:]),
+            ("scores", np.float16, ids.shape[1:]),
+            ("crc", np.uint32),
+        ],
+    )
     rows["ids"], rows["scores"] = ids.astype(id_type), np.where(ids < 0, 0, scores)
     rows["crc"] = np.arange(len(ids)) + 7
     for k in range(-(-len(ids) // shard)):
-        np.save(folder / f"labels-{k:05}.npy", rows[k * shard:(k + 1) * shard])
+        np.save(folder / f"labels-{k:05}.npy", rows[k * shard : (k + 1) * shard])
     return folder
 
 
-@pytest.mark.parametrize("count, dtype", [(10, np.uint16), (65_534, np.uint16), (65_535, np.int32), (70_000, np.int32)])
+@pytest.mark.parametrize(
+    "count, dtype", [(10, np.uint16), (65_534, np.uint16), (65_535, np.int32), (70_000, np.int32)]
+)
 def test_no_label_stays_apart_from_the_last_word(tmp_path, count, dtype):
     words = [f"w{i}" for i in range(count)]
     wanted = [[[-1, 0, count - 1], [count - 2, -1, min(count - 1, 65_535)]]]
@@ -674,7 +859,9 @@ def test_the_labels_of_558_128_images_need_14_gigabytes():
 def test_an_open_store_costs_no_memory(tmp_path):
     """Two files of 1 GB, of which the disk holds only what is written."""
     kind, images = record_type(10, 576, 10), 2 * 45_000
-    folder = hand_store(tmp_path / "labels", "abcdefghij", np.zeros((1, 1, 1)), images=images, shard=images // 2)
+    folder = hand_store(
+        tmp_path / "labels", "abcdefghij", np.zeros((1, 1, 1)), images=images, shard=images // 2
+    )
     for k in range(2):
         rows = np.lib.format.open_memmap(folder / f"labels-{k:05}.npy", "w+", kind, (images // 2,))
         rows[-1] = (3, 0.5, 77)
@@ -690,7 +877,12 @@ def test_an_open_store_costs_no_memory(tmp_path):
     grown, peak = resident() - before, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(path.stat().st_size for path in folder.iterdir()) > 2e9
-    assert len(store) == images and (ids == 3).all() and (scores == 0.5).all() and store.record(images - 1)["crc"] == 77
+    assert (
+        len(store) == images
+        and (ids == 3).all()
+        and (scores == 0.5).all()
+        and store.record(images - 1)["crc"] == 77
+    )
     assert grown < 50e6 and peak < 5e6
 
 
@@ -698,12 +890,21 @@ def test_missing_and_damaged_folders_are_refused(copy, tmp_path):
     with pytest.raises(UserError, match=r"nowhere.*labels\.py extract"):
         LabelStore(tmp_path / "nowhere")
     for name, damage, message in [
-        ("meta.json", b'{"size": ', "no label store"), ("meta.json", b"{}", "no label store"),
+        ("meta.json", b'{"size": ', "no label store"),
+        ("meta.json", b"{}", "no label store"),
         ("labels-00001.npy", b"", "labels-00001.npy: missing or damaged"),
         ("labels-00001.npy", b"nonsense", "labels-00001.npy: missing or damaged"),
-        ("labels-00002.npy", (copy / "labels-00002.npy").read_bytes()[:-1], "labels-00002.npy: missing or damaged"),
+        (
+            "labels-00002.npy",
+            (copy / "labels-00002.npy").read_bytes()[:-1],
+            "labels-00002.npy: missing or damaged",
+        ),
         ("words.txt", b"", "words.txt: the word list is empty"),
-        ("words.txt", b"sky\n" + (copy / "words.txt").read_bytes().replace(b"sky", b"x"), "words.txt: not the words"),
+        (
+            "words.txt",
+            b"sky\n" + (copy / "words.txt").read_bytes().replace(b"sky", b"x"),
+            "words.txt: not the words",
+        ),
     ]:
         whole = (copy / name).read_bytes()
         (copy / name).write_bytes(damage)
@@ -749,8 +950,11 @@ def test_labels_without_their_settings_are_refused(settings, copy):
 
 def test_words_are_embedded_once(settings, store, copy, monkeypatch):
     texts, encode = [], labels._encode_text
-    monkeypatch.setattr(labels, "_encode_text", lambda encoder, tokens: texts.append(len(tokens)) or encode(encoder,
-                                                                                                            tokens))
+    monkeypatch.setattr(
+        labels,
+        "_encode_text",
+        lambda encoder, tokens: texts.append(len(tokens)) or encode(encoder, tokens),
+    )
     (copy / "labels-00001.npy").unlink()
     written = (copy / "words-00000.npy").stat().st_mtime_ns
     extract(**settings, out=str(copy))
@@ -765,7 +969,9 @@ def test_the_word_matrix_is_made_of_files_of_65_536_words(encoder, tmp_path, cen
     words = [f"w{i}" for i in range(65_536)] + ["red", "blue", "sky"]
     first = F.normalize(torch.randn(65_536, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     np.save(tmp_path / "words-00000.npy", first.numpy())
-    matrix = _word_matrix(tmp_path, words, dict(prompt="a {}", center=center), encoder, rank=1, world=2)
+    matrix = _word_matrix(
+        tmp_path, words, dict(prompt="a {}", center=center), encoder, rank=1, world=2
+    )
     expected = torch.cat([first, word_embeddings(encoder, ["red", "blue", "sky"], "a {}")])
     assert np.array_equal(np.load(tmp_path / "words-00001.npy"), expected[65_536:].numpy())
     if center:
@@ -803,7 +1009,9 @@ def launch(settings):
     server.set_forkserver_preload([__name__])
 
     def start(out, rank=0, world=1, die=None, **changed):
-        process = server.Process(target=rank_process, args=(settings | changed | dict(out=str(out)), rank, world, die))
+        process = server.Process(
+            target=rank_process, args=(settings | changed | dict(out=str(out)), rank, world, die)
+        )
         process.start()
         return process
 
@@ -821,7 +1029,12 @@ def finish_all(processes):
 def whole(settings, tmp_path_factory):
     """The files of an undisturbed run of one process: meta, words, their embeddings, 6 files of 4 images."""
     files = contents(world_store(settings, tmp_path_factory.mktemp("whole") / "labels", shard=4))
-    assert sorted(files) == [*(f"labels-{k:05}.npy" for k in range(6)), "meta.json", "words-00000.npy", "words.txt"]
+    assert sorted(files) == [
+        *(f"labels-{k:05}.npy" for k in range(6)),
+        "meta.json",
+        "words-00000.npy",
+        "words.txt",
+    ]
     return files
 
 
@@ -831,8 +1044,12 @@ def test_any_number_of_ranks_writes_the_same_files(launch, whole, tmp_path, rank
     assert contents(tmp_path / "labels") == whole
 
 
-@pytest.mark.parametrize("rank, ranks, files", [(0, 2, {0, 2, 4}), (1, 2, {1, 3, 5}), (2, 3, {2, 5}), (7, 8, set())])
-def test_which_files_are_a_ranks_does_not_depend_on_what_is_there(launch, whole, tmp_path, rank, ranks, files):
+@pytest.mark.parametrize(
+    "rank, ranks, files", [(0, 2, {0, 2, 4}), (1, 2, {1, 3, 5}), (2, 3, {2, 5}), (7, 8, set())]
+)
+def test_which_files_are_a_ranks_does_not_depend_on_what_is_there(
+    launch, whole, tmp_path, rank, ranks, files
+):
     (tmp_path / "labels").mkdir()
     for name in ("meta.json", "words.txt", "words-00000.npy", "labels-00002.npy"):
         (tmp_path / "labels" / name).write_bytes(whole[name])
@@ -842,9 +1059,22 @@ def test_which_files_are_a_ranks_does_not_depend_on_what_is_there(launch, whole,
 
 def test_torchrun(settings, whole, tmp_path):
     root = Path(labels.__file__).parent
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                          "--", "labels.py", *command(settings, tmp_path / "labels", shard=4)], cwd=root, timeout=100,
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "--",
+            "labels.py",
+            *command(settings, tmp_path / "labels", shard=4),
+        ],
+        cwd=root,
+        timeout=100,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert contents(tmp_path / "labels") == whole
     assert "labelling (rank 0 of 2)" in run.stderr
@@ -852,8 +1082,13 @@ def test_torchrun(settings, whole, tmp_path):
 
 @pytest.mark.parametrize("flag", list(inspect.signature(extract).parameters))
 def test_torchrun_takes_no_flag_of_extract_for_its_own(flag):
-    arguments = torch.distributed.run.get_args_parser().parse_args(["--", "labels.py", "extract", f"--{flag}", "1"])
-    assert (arguments.training_script, arguments.training_script_args) == ("labels.py", ["extract", f"--{flag}", "1"])
+    arguments = torch.distributed.run.get_args_parser().parse_args(
+        ["--", "labels.py", "extract", f"--{flag}", "1"]
+    )
+    assert (arguments.training_script, arguments.training_script_args) == (
+        "labels.py",
+        ["extract", f"--{flag}", "1"],
+    )
 
 
 def test_a_run_killed_at_each_of_its_writes_goes_on(settings, launch, tmp_path):
@@ -870,7 +1105,9 @@ def test_a_run_killed_at_each_of_its_writes_goes_on(settings, launch, tmp_path):
     assert set().union(*parts) == {f"{name}.part" for name in expected}
     assert [len(found) for found in parts] == [1, 0] * 6
     for found, part in zip(names, parts):
-        assert not part & {f"{name}.part" for name in found}  # what is unfinished does not bear its name
+        assert not part & {
+            f"{name}.part" for name in found
+        }  # what is unfinished does not bear its name
     assert [len(found) for found in names[1::2]] == [1, 2, 3, 4, 5, 6]
     assert contents(out) == expected
     finish_all([launch(out, shard=8)])
@@ -926,15 +1163,31 @@ def test_the_store_fingerprints_the_image_files(world, store, samples):
 def test_check_names_what_differs(store, samples):
     geo = dict(size=30, mode="square", mean=MEAN, std=STD)
     LabelStore(store).check(samples, geo, (5, 5))
-    for field, *arguments in [("manifest", samples[::-1], geo, (5, 5)), ("size", samples, geo | {"size": 60}, (5, 5)),
-                              ("mode", samples, geo | {"mode": "squash"}, (5, 5)), ("grid", samples, geo, (5, 6))]:
+    for field, *arguments in [
+        ("manifest", samples[::-1], geo, (5, 5)),
+        ("size", samples, geo | {"size": 60}, (5, 5)),
+        ("mode", samples, geo | {"mode": "squash"}, (5, 5)),
+        ("grid", samples, geo, (5, 6)),
+    ]:
         with pytest.raises(UserError, match=f"made with {field} = "):
             LabelStore(store).check(*arguments)
 
 
-FLAGS = dict(n=3, sign=1, path="value", prompt="a {}", center=True, min_score=0.1, mass=0.5, shard=5, dtype="bfloat16")
+FLAGS = dict(
+    n=3,
+    sign=1,
+    path="value",
+    prompt="a {}",
+    center=True,
+    min_score=0.1,
+    mass=0.5,
+    shard=5,
+    dtype="bfloat16",
+)
 PREPROCESSING = dict(mean=[0.4] * 3, std=[0.5] * 3, mode="squash")
-EDITED = dict(pretrained="laion", size=60, grid=[6, 6])  # nothing but another model could change these
+EDITED = dict(
+    pretrained="laion", size=60, grid=[6, 6]
+)  # nothing but another model could change these
 FILES = {"images", "manifest", "words", "encoder", "weights"}
 
 
@@ -946,7 +1199,9 @@ def test_a_damaged_description_is_refused(settings, copy):
 
 def test_every_setting_of_a_store_is_compared(store):
     tested = [*FLAGS, *PREPROCESSING, *EDITED, *FILES]
-    assert sorted(tested) == sorted(json.loads((store / "meta.json").read_text()).keys() - {"data", "image_folder"})
+    assert sorted(tested) == sorted(
+        json.loads((store / "meta.json").read_text()).keys() - {"data", "image_folder"}
+    )
 
 
 @pytest.mark.parametrize("field", [*FLAGS, *PREPROCESSING, *EDITED, *sorted(FILES)])
@@ -967,7 +1222,9 @@ def test_extract_into_labels_of_another_setting_is_refused(world, settings, copy
         (tmp_path / "words.txt").write_text((world / "words.txt").read_text() + "extra\n")
     elif field in ("images", "manifest"):
         chosen["data"], samples = str(tmp_path / "data.json"), load_samples(world / "train.json")
-        (tmp_path / "data.json").write_text(json.dumps(samples[:23] if field == "images" else samples[::-1]))
+        (tmp_path / "data.json").write_text(
+            json.dumps(samples[:23] if field == "images" else samples[::-1])
+        )
     elif field == "encoder":
         chosen["encoder"] = str(clip)
     else:
@@ -978,8 +1235,11 @@ def test_extract_into_labels_of_another_setting_is_refused(world, settings, copy
     (copy / "meta.json").write_text(json.dumps(meta))
     (copy / "labels-00001.npy").unlink()
     before = contents(copy)
-    with pytest.raises(UserError, match=rf"copy: holds labels with {field} = .* asked for are {field} = .*"
-                                        "another --out or remove the folder"):
+    with pytest.raises(
+        UserError,
+        match=rf"copy: holds labels with {field} = .* asked for are {field} = .*"
+        "another --out or remove the folder",
+    ):
         extract(**chosen, out=str(copy))
     assert contents(copy) == before
 
@@ -1001,24 +1261,47 @@ def test_data_that_has_moved_is_the_same_data(world, settings, copy, tmp_path):
 
 # -------------------------------------------------------------------------------------------------- word list
 
-CAPTIONS = ["A red-hot Dog runs; the dog's tail!", "Dog and cat, cat and DOG.", "The red-hot stove -- x x x",
-            "zebra apple: zebra apple tree"]
+CAPTIONS = [
+    "A red-hot Dog runs; the dog's tail!",
+    "Dog and cat, cat and DOG.",
+    "The red-hot stove -- x x x",
+    "zebra apple: zebra apple tree",
+]
 # dog 4 times; apple, cat, red-hot and zebra twice; tail, runs, stove and tree once; no single letters, no stop words
 OFTEN, ONCE = ["dog", "apple", "cat", "red-hot", "zebra"], ["runs", "stove", "tail", "tree"]
 
 
 def captions_file(path, captions=CAPTIONS):
-    path.write_text(json.dumps([{"image": "0.png", "conversations": [
-        {"from": "human", "value": "<image>\nhorse horse horse"}, {"from": "gpt", "value": caption}]}
-        for caption in captions]))
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "image": "0.png",
+                    "conversations": [
+                        {"from": "human", "value": "<image>\nhorse horse horse"},
+                        {"from": "gpt", "value": caption},
+                    ],
+                }
+                for caption in captions
+            ]
+        )
+    )
     return str(path)
 
 
-@pytest.mark.parametrize("flags, extra, expected", [
-    (["--min_count", "2"], None, OFTEN), (["--min_count", "1"], None, OFTEN + ONCE),
-    (["--min_count", "3"], None, ["dog"]),
-    (["--min_count", "2"], ["zebra", "the", "Ice cream", "cat", "ant"], OFTEN + ["the", "Ice cream", "ant"]),
-])
+@pytest.mark.parametrize(
+    "flags, extra, expected",
+    [
+        (["--min_count", "2"], None, OFTEN),
+        (["--min_count", "1"], None, OFTEN + ONCE),
+        (["--min_count", "3"], None, ["dog"]),
+        (
+            ["--min_count", "2"],
+            ["zebra", "the", "Ice cream", "cat", "ant"],
+            OFTEN + ["the", "Ice cream", "ant"],
+        ),
+    ],
+)
 def test_word_list_of_captions(tmp_path, capsys, flags, extra, expected):
     if extra:
         (tmp_path / "extra.txt").write_text("\n".join(extra) + "\n")
@@ -1042,23 +1325,59 @@ def test_a_word_occurs_five_times_or_more(tmp_path):
 
 def test_words_reports_what_it_keeps_and_drops(tmp_path, capsys):
     (tmp_path / "extra.txt").write_text("cat\nant\nbee\n")
-    main(["words", "--data", captions_file(tmp_path / "data.json"), "--out", f"{tmp_path}/words.txt", "--min_count",
-          "2", "--extra", f"{tmp_path}/extra.txt"])
+    main(
+        [
+            "words",
+            "--data",
+            captions_file(tmp_path / "data.json"),
+            "--out",
+            f"{tmp_path}/words.txt",
+            "--min_count",
+            "2",
+            "--extra",
+            f"{tmp_path}/extra.txt",
+        ]
+    )
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for line in ["5 kept: dog, apple, cat, red-hot, zebra ...", "4 rarer than 2: runs, stove, tail, tree ...",
-                 "2 stop words: and, the ...", "2 single letters: x, a ...",
-                 f"3 of {tmp_path}/extra.txt, 2 of them new", f"7 words in {tmp_path}/words.txt"]:
+    for line in [
+        "5 kept: dog, apple, cat, red-hot, zebra ...",
+        "4 rarer than 2: runs, stove, tail, tree ...",
+        "2 stop words: and, the ...",
+        "2 single letters: x, a ...",
+        f"3 of {tmp_path}/extra.txt, 2 of them new",
+        f"7 words in {tmp_path}/words.txt",
+    ]:
         assert line.split() in lines
 
 
 def test_words_of_any_language_and_possessives(tmp_path):
     """Dog's, cats\u2019 and its kind count as dog and cats; digits and underscores part words; hyphens only inside."""
-    text = ("A dog's tail, the DOG’S tail; cats' café Über naïve-éclair "
-            "3d r2d2 under_score -edge- o'clock don't we'll")
-    main(["words", "--data", captions_file(tmp_path / "data.json", [text]), "--out", f"{tmp_path}/words.txt",
-          "--min_count", "1"])
+    text = (
+        "A dog's tail, the DOG’S tail; cats' café Über naïve-éclair "
+        "3d r2d2 under_score -edge- o'clock don't we'll"
+    )
+    main(
+        [
+            "words",
+            "--data",
+            captions_file(tmp_path / "data.json", [text]),
+            "--out",
+            f"{tmp_path}/words.txt",
+            "--min_count",
+            "1",
+        ]
+    )
     assert set(read_words(tmp_path / "words.txt")) == {
-        "dog", "tail", "cats", "caf\u00e9", "\u00fcber", "na\u00efve-\u00e9clair", "score", "edge", "clock"}
+        "dog",
+        "tail",
+        "cats",
+        "caf\u00e9",
+        "\u00fcber",
+        "na\u00efve-\u00e9clair",
+        "score",
+        "edge",
+        "clock",
+    }
     assert read_words(tmp_path / "words.txt")[:2] == ["dog", "tail"]  # twice each
 
 
@@ -1066,28 +1385,70 @@ def test_a_tagger_leaves_nouns_adjectives_and_verbs(tmp_path, capsys):
     """Light is a noun after `the`, elsewhere an adverb; the lone adverb is other parts of speech."""
     nlp = spacy.blank("en")
     ruler = nlp.add_pipe("attribute_ruler")
-    for word, pos in [("dog", "NOUN"), ("light", "ADV"), ("quickly", "ADV"), ("red", "ADJ"), ("ran", "VERB"),
-                      ("striped", "VERB"), ("paris", "PROPN"), ("two", "NUM"), ("the", "DET")]:
+    for word, pos in [
+        ("dog", "NOUN"),
+        ("light", "ADV"),
+        ("quickly", "ADV"),
+        ("red", "ADJ"),
+        ("ran", "VERB"),
+        ("striped", "VERB"),
+        ("paris", "PROPN"),
+        ("two", "NUM"),
+        ("the", "DET"),
+    ]:
         ruler.add([[{"LOWER": word}]], {"POS": pos})
     ruler.add([[{"LOWER": "the"}, {"LOWER": "light"}]], {"POS": "NOUN"}, index=1)
     nlp.to_disk(tmp_path / "pipeline")
-    captions = ["The Dog's red dog ran.", "The light ran quickly, light, light!", "Two striped dog in Paris"]
-    main(["words", "--data", captions_file(tmp_path / "data.json", captions), "--out", f"{tmp_path}/words.txt",
-          "--min_count", "1", "--tagger", f"{tmp_path}/pipeline"])
+    captions = [
+        "The Dog's red dog ran.",
+        "The light ran quickly, light, light!",
+        "Two striped dog in Paris",
+    ]
+    main(
+        [
+            "words",
+            "--data",
+            captions_file(tmp_path / "data.json", captions),
+            "--out",
+            f"{tmp_path}/words.txt",
+            "--min_count",
+            "1",
+            "--tagger",
+            f"{tmp_path}/pipeline",
+        ]
+    )
     assert read_words(tmp_path / "words.txt") == ["dog", "ran", "light", "red", "striped"]
     other = re.search(r"(\d+) other parts of speech: (.*) \.\.\.", capsys.readouterr().out)
     assert other[1] == "5" and set(other[2].split(", ")) == {"the", "quickly", "two", "in", "paris"}
 
 
 def test_a_tagger_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--tagger no_such_pipeline: .*python -m spacy download en_core_web_sm"):
-        main(["words", "--data", captions_file(tmp_path / "data.json"), "--out", f"{tmp_path}/words.txt", "--tagger",
-              "no_such_pipeline"])
+    with pytest.raises(
+        UserError, match=r"--tagger no_such_pipeline: .*python -m spacy download en_core_web_sm"
+    ):
+        main(
+            [
+                "words",
+                "--data",
+                captions_file(tmp_path / "data.json"),
+                "--out",
+                f"{tmp_path}/words.txt",
+                "--tagger",
+                "no_such_pipeline",
+            ]
+        )
     assert not (tmp_path / "words.txt").exists()
 
 
-@pytest.mark.parametrize("text, line", [("red\nblue\nred\n", "line 3: 'red'"), ("red\n\nblue\n", "line 2: "),
-                                        ("red\n  \n", "line 2: "), ("red\nblue\n\n", "line 3: ")])
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("red\nblue\nred\n", "line 3: 'red'"),
+        ("red\n\nblue\n", "line 2: "),
+        ("red\n  \n", "line 2: "),
+        ("red\nblue\n\n", "line 3: "),
+    ],
+)
 def test_read_words_names_the_line(tmp_path, text, line):
     (tmp_path / "words.txt").write_text(text)
     with pytest.raises(UserError, match=f"words.txt, {line}"):
@@ -1100,28 +1461,66 @@ def test_read_words_names_the_line(tmp_path, text, line):
 @pytest.fixture
 def red_and_blue(tmp_path):
     """Two images of 2 x 2 patches, one red, one blue, with labels and truth by hand, and an encoder for them."""
-    samples = [{"image": name, "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}
-               for name in ("red.png", "blue.png")]
+    samples = [
+        {
+            "image": name,
+            "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}],
+        }
+        for name in ("red.png", "blue.png")
+    ]
     (tmp_path / "data.json").write_text(json.dumps(samples))
     for color in ("red", "blue"):
         Image.new("RGB", (40, 40), color).save(tmp_path / f"{color}.png")
     torch.manual_seed(5)
-    config = dict(embed_dim=16, vision_cfg=dict(image_size=8, patch_size=4, width=32, layers=2, head_width=16),
-                  text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1))
+    config = dict(
+        embed_dim=16,
+        vision_cfg=dict(image_size=8, patch_size=4, width=32, layers=2, head_width=16),
+        text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1),
+    )
     (tmp_path / "clip").mkdir()
-    save_file(shaken(open_clip.CLIP(**config)).state_dict(), tmp_path / "clip/open_clip_model.safetensors")
-    (tmp_path / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {
-        "size": 8, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}}))
-    truth = {"red.png": {"object": {"0": ["sky", "door"], "1": ["sky"]}, "background": {"3": ["wall"]}},
-             "blue.png": {"object": {"1": ["door"], "3": ["sky", "wall"]}, "background": {"0": ["door"], "2": ["sky"]}}}
+    save_file(
+        shaken(open_clip.CLIP(**config)).state_dict(), tmp_path / "clip/open_clip_model.safetensors"
+    )
+    (tmp_path / "clip/open_clip_config.json").write_text(
+        json.dumps(
+            {
+                "model_cfg": config,
+                "preprocess_cfg": {
+                    "size": 8,
+                    "mean": MEAN,
+                    "std": STD,
+                    "interpolation": "bicubic",
+                    "resize_mode": "shortest",
+                },
+            }
+        )
+    )
+    truth = {
+        "red.png": {"object": {"0": ["sky", "door"], "1": ["sky"]}, "background": {"3": ["wall"]}},
+        "blue.png": {
+            "object": {"1": ["door"], "3": ["sky", "wall"]},
+            "background": {"0": ["door"], "2": ["sky"]},
+        },
+    }
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     ids = np.array([[[0, 1], [1, -1], [2, 0], [-1, -1]], [[2, -1], [2, 1], [-1, -1], [1, -1]]])
     scores = np.full(ids.shape, 0.5)
     scores[:, :2, 0] = 0.75  # 4 of the 9 scores
-    meta = dict(manifest=digest(s["image"] for s in samples), size=8, mode="square", grid=[2, 2], min_score=0.1,
-                data=str(tmp_path / "data.json"), image_folder=str(tmp_path), encoder=str(tmp_path / "clip"),
-                pretrained="", prompt="the {}", center=True, dtype="float32",
-                weights=weights_crc(load_encoder(str(tmp_path / "clip"))))
+    meta = dict(
+        manifest=digest(s["image"] for s in samples),
+        size=8,
+        mode="square",
+        grid=[2, 2],
+        min_score=0.1,
+        data=str(tmp_path / "data.json"),
+        image_folder=str(tmp_path),
+        encoder=str(tmp_path / "clip"),
+        pretrained="",
+        prompt="the {}",
+        center=True,
+        dtype="float32",
+        weights=weights_crc(load_encoder(str(tmp_path / "clip"))),
+    )
 
     def make(name="labels", ids=ids):
         return hand_store(tmp_path / name, ["sky", "wall", "door"], ids, scores, shard=1, **meta)
@@ -1133,7 +1532,9 @@ def red_and_blue(tmp_path):
 def test_show_prints_how_many_how_sure_and_which_words(red_and_blue, tmp_path, capsys):
     main(["show", "--labels", str(red_and_blue()), "--out", f"{tmp_path}/out.png"])
     printed = capsys.readouterr().out
-    assert "2 images, 3 words" in printed and "75.0% of the patches" in printed  # 6 of 8 patches have a label
+    assert (
+        "2 images, 3 words" in printed and "75.0% of the patches" in printed
+    )  # 6 of 8 patches have a label
     assert re.search(r"\b1\.1 of at most 2\b", printed)  # 9 labels on 8 patches
     bars = re.findall(r"score (\S+) to (\S+) +(\S+)% (#*)$", printed, re.M)
     assert [(low, high) for low, high, *_ in bars[:2]] == [("0.500", "0.525"), ("0.525", "0.550")]
@@ -1145,8 +1546,12 @@ def test_show_prints_how_many_how_sure_and_which_words(red_and_blue, tmp_path, c
     assert "warning" not in printed and "share" not in printed
 
 
-@pytest.mark.parametrize("word, share, message", [(1, "100.0%", "lets nearly all"), (-1, "0.0%", "lets hardly any")])
-def test_show_warns_where_min_score_decides_nothing(red_and_blue, tmp_path, capsys, word, share, message):
+@pytest.mark.parametrize(
+    "word, share, message", [(1, "100.0%", "lets nearly all"), (-1, "0.0%", "lets hardly any")]
+)
+def test_show_warns_where_min_score_decides_nothing(
+    red_and_blue, tmp_path, capsys, word, share, message
+):
     folder = red_and_blue(ids=np.full((2, 4, 2), word))
     main(["show", "--labels", str(folder), "--out", f"{tmp_path}/out.png"])
     printed = capsys.readouterr().out
@@ -1156,15 +1561,34 @@ def test_show_warns_where_min_score_decides_nothing(red_and_blue, tmp_path, caps
 
 def share_by_hand(truth, best):
     """{kind: share}: of the patches that are judged, those whose best word is among the true ones."""
-    hits = [(kind, best[image][int(at)] in true) for image, kinds in truth.items() for kind, patches in kinds.items()
-            for at, true in patches.items()]
-    return {kind: np.mean([hit for k, hit in hits if kind in (k, "all")]) for kind in ("object", "background", "all")}
+    hits = [
+        (kind, best[image][int(at)] in true)
+        for image, kinds in truth.items()
+        for kind, patches in kinds.items()
+        for at, true in patches.items()
+    ]
+    return {
+        kind: np.mean([hit for k, hit in hits if kind in (k, "all")])
+        for kind in ("object", "background", "all")
+    }
 
 
 def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_path, capsys):
-    main(["show", "--labels", str(red_and_blue()), "--out", f"{tmp_path}/out.png", "--truth", f"{tmp_path}/truth.json"])
+    main(
+        [
+            "show",
+            "--labels",
+            str(red_and_blue()),
+            "--out",
+            f"{tmp_path}/out.png",
+            "--truth",
+            f"{tmp_path}/truth.json",
+        ]
+    )
     printed = capsys.readouterr().out
-    assert "these labels: object 0.750, background 0.333, all 0.571" in printed  # 3 of 4, 1 of 3, 4 of 7
+    assert (
+        "these labels: object 0.750, background 0.333, all 0.571" in printed
+    )  # 3 of 4, 1 of 3, 4 of 7
     clip = load_encoder(str(tmp_path / "clip"))
     words, rows = word_embeddings(clip, ["sky", "wall", "door"], "the {}").double(), set()
     words = F.normalize(words - words.mean(0), dim=-1)
@@ -1172,11 +1596,22 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
         for sign in (1, -1):
             best = {}
             for name in ("red.png", "blue.png"):
-                pixels = geometry(Image.open(tmp_path / name), size=8, mode="square", mean=MEAN, std=STD)
-                scores = sign * (patch_embeddings(clip, pixels[None], path)[0].double() @ words.T).numpy()
-                best[name] = [["sky", "wall", "door"][s.argmax()] if s.max() > 0 else "" for s in scores]
-            shares = ", ".join(f"{k} {v:.3f}" for k, v in share_by_hand(red_and_blue.truth, best).items())
-            assert f"{path}, sign {sign:+}: {shares}" in [line.strip() for line in printed.splitlines()]
+                pixels = geometry(
+                    Image.open(tmp_path / name), size=8, mode="square", mean=MEAN, std=STD
+                )
+                scores = (
+                    sign
+                    * (patch_embeddings(clip, pixels[None], path)[0].double() @ words.T).numpy()
+                )
+                best[name] = [
+                    ["sky", "wall", "door"][s.argmax()] if s.max() > 0 else "" for s in scores
+                ]
+            shares = ", ".join(
+                f"{k} {v:.3f}" for k, v in share_by_hand(red_and_blue.truth, best).items()
+            )
+            assert f"{path}, sign {sign:+}: {shares}" in [
+                line.strip() for line in printed.splitlines()
+            ]
             rows.add(shares)
     assert len(rows) > 2
 
@@ -1184,20 +1619,28 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
 def test_show_draws_each_image_beside_its_words(red_and_blue, tmp_path):
     main(["show", "--labels", str(red_and_blue()), "--out", f"{tmp_path}/out.png"])
     sheet = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")).astype(int)
-    assert sheet.shape == (12 + 448 + 20 + 12, 4 * 460 + 12, 3)  # cells of 224, 12 between, a line of words below
+    assert sheet.shape == (
+        12 + 448 + 20 + 12,
+        4 * 460 + 12,
+        3,
+    )  # cells of 224, 12 between, a line of words below
     assert (sheet[:12] == 255).all() and (sheet[12:460, 460:472] == 255).all()
     legends = []
-    for k, (color, grey, best) in enumerate([((255, 0, 0), 76, ["sky", "wall", "door", ""]),
-                                             ((0, 0, 255), 29, ["door", "door", "", "wall"])]):
+    for k, (color, grey, best) in enumerate(
+        [
+            ((255, 0, 0), 76, ["sky", "wall", "door", ""]),
+            ((0, 0, 255), 29, ["door", "door", "", "wall"]),
+        ]
+    ):
         plain, left = 12 + 920 * k, 12 + 920 * k + 460
-        assert (np.abs(sheet[12:460, plain:plain + 448] - color) <= 1).all()
-        assert (sheet[460:, plain:plain + 448] == 255).all()  # no legend
+        assert (np.abs(sheet[12:460, plain : plain + 448] - color) <= 1).all()
+        assert (sheet[460:, plain : plain + 448] == 255).all()  # no legend
         named = list(dict.fromkeys(filter(None, best)))
         legend = {word: sheet[467, left + 112 * i + 7] for i, word in enumerate(named)}
         legends.append(legend)
-        assert (sheet[460:480, left + 112 * len(named):left + 448] == 255).all()
+        assert (sheet[460:480, left + 112 * len(named) : left + 448] == 255).all()
         for at, word in enumerate(best):
-            cell = sheet[12 + at // 2 * 224:, left + at % 2 * 224:][:224, :224]
+            cell = sheet[12 + at // 2 * 224 :, left + at % 2 * 224 :][:224, :224]
             tint = grey + (legend[word] - grey) * 100 / 255 if word else grey
             assert (np.abs(cell[:30] - tint) <= 2).all() and (np.abs(cell[-30:] - tint) <= 2).all()
             assert (np.abs(cell - tint) <= 2).all() == (not word)  # the word itself
@@ -1209,7 +1652,9 @@ def test_show_draws_each_image_beside_its_words(red_and_blue, tmp_path):
 def test_show_of_the_tiny_world(store, tmp_path, capsys):
     main(["show", "--labels", str(store), "--out", f"{tmp_path}/out.png", "--images", "3"])
     assert Image.open(tmp_path / "out.png").width == 4 * (5 * 89 + 12) + 12  # 448 // 5 = 89
-    share = np.mean([(LabelStore(store)[i][0] >= 0).any(-1).float().mean().item() for i in range(24)])
+    share = np.mean(
+        [(LabelStore(store)[i][0] >= 0).any(-1).float().mean().item() for i in range(24)]
+    )
     assert f"{share:.1%} of the patches have a label" in capsys.readouterr().out
 
 
@@ -1225,14 +1670,23 @@ def test_extract_from_the_command_line(settings, store, tmp_path):
     assert same(tmp_path / "labels", store)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["words", "--data", "x", "--out", "y", "--min_cuont", "3"], "unrecognized arguments: --min_cuont"),
-    (["words", "--data", "x", "--out", "y", "--min", "3"], "unrecognized arguments: --min"),
-    (["words", "--data", "x"], "required: --out"),
-    (["show", "--labels", "x", "--images", "many"], "--images: invalid int"),
-    (["extract", "--data", "x", "--words", "x", "--out", "x", "--path", "v"], "invalid choice: 'v'"),
-    (["label"], "invalid choice: 'label'"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["words", "--data", "x", "--out", "y", "--min_cuont", "3"],
+            "unrecognized arguments: --min_cuont",
+        ),
+        (["words", "--data", "x", "--out", "y", "--min", "3"], "unrecognized arguments: --min"),
+        (["words", "--data", "x"], "required: --out"),
+        (["show", "--labels", "x", "--images", "many"], "--images: invalid int"),
+        (
+            ["extract", "--data", "x", "--words", "x", "--out", "x", "--path", "v"],
+            "invalid choice: 'v'",
+        ),
+        (["label"], "invalid choice: 'label'"),
+    ],
+)
 def test_flags_that_do_not_exist_are_refused(capsys, arguments, message):
     with pytest.raises(SystemExit) as e:
         main(arguments)
@@ -1243,11 +1697,26 @@ def test_errors_name_the_file_or_the_flag(settings, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         (["show", "--labels", f"{tmp_path}/nowhere"], "nowhere: no label store"),
-        (command(settings, tmp_path / "out", data=tmp_path / "no.json"), "no.json: no such data file"),
-        (command(settings, tmp_path / "out", words=tmp_path / "no.txt"), "no.txt: cannot read the word list"),
-        (command(settings, tmp_path / "out", encoder="ViT-B-32"), "--encoder ViT-B-32: .*--pretrained"),
-        (command(settings, tmp_path / "out", encoder="ViT-B-32", pretrained="none"), "--encoder ViT-B-32: .*'none'"),
-        (command(settings, tmp_path / "out", encoder=tmp_path / "empty"), "--encoder .*empty: cannot be loaded"),
+        (
+            command(settings, tmp_path / "out", data=tmp_path / "no.json"),
+            "no.json: no such data file",
+        ),
+        (
+            command(settings, tmp_path / "out", words=tmp_path / "no.txt"),
+            "no.txt: cannot read the word list",
+        ),
+        (
+            command(settings, tmp_path / "out", encoder="ViT-B-32"),
+            "--encoder ViT-B-32: .*--pretrained",
+        ),
+        (
+            command(settings, tmp_path / "out", encoder="ViT-B-32", pretrained="none"),
+            "--encoder ViT-B-32: .*'none'",
+        ),
+        (
+            command(settings, tmp_path / "out", encoder=tmp_path / "empty"),
+            "--encoder .*empty: cannot be loaded",
+        ),
         (command(settings, tmp_path / "out", min_score=-0.1), "--min_score"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -1256,20 +1725,32 @@ def test_errors_name_the_file_or_the_flag(settings, tmp_path):
 
 
 def test_a_folder_without_weights_is_refused(world, settings, tmp_path):
-    shutil.copytree(world / "clip", tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        world / "clip", tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     with pytest.raises(UserError, match="--encoder .*clip: cannot be loaded"):
         extract(**settings | dict(encoder=str(tmp_path / "clip")), out=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("content", [None, b"nonsense"], ids=["missing", "unreadable"])
-def test_a_bad_image_ends_the_command_with_one_line_that_names_it(world, settings, tmp_path, content, workers):
+def test_a_bad_image_ends_the_command_with_one_line_that_names_it(
+    world, settings, tmp_path, content, workers
+):
     images = shutil.copytree(world / "images", tmp_path / "images")
     (images / "9.png").unlink() if content is None else (images / "9.png").write_bytes(content)
     with pytest.raises(SystemExit) as e:
-        cli(lambda: main(command(settings, tmp_path / "out", image_folder=images, workers=workers, shard=4)))
-    assert re.fullmatch(rf"error: {re.escape(str(images))}/9.png: (cannot read|not a readable) .*", e.value.code)
-    with pytest.raises(UserError, match="only 8 of 24"):  # the files before that of the bad image are there
+        cli(
+            lambda: main(
+                command(settings, tmp_path / "out", image_folder=images, workers=workers, shard=4)
+            )
+        )
+    assert re.fullmatch(
+        rf"error: {re.escape(str(images))}/9.png: (cannot read|not a readable) .*", e.value.code
+    )
+    with pytest.raises(
+        UserError, match="only 8 of 24"
+    ):  # the files before that of the bad image are there
         LabelStore(tmp_path / "out")
     shutil.copy(world / "images/9.png", images)
     main(command(settings, tmp_path / "out", image_folder=images, workers=workers, shard=4))

@@ -39,17 +39,43 @@ from model import SEAModel
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 LLMS = {  # chat format of the tokenizer, config; vocabularies and what else tells them apart are the true ones
     "vicuna": ("vicuna", lambda: LlamaConfig(**SMALL, vocab_size=32000)),
-    "gemma": ("gemma", lambda: GemmaConfig(**SMALL, vocab_size=512, num_key_value_heads=1, head_dim=16)),
+    "gemma": (
+        "gemma",
+        lambda: GemmaConfig(**SMALL, vocab_size=512, num_key_value_heads=1, head_dim=16),
+    ),
     "phi-3": ("phi-3", lambda: Phi3Config(**SMALL, vocab_size=32064)),
-    "llama-3": ("llama-3", lambda: LlamaConfig(**SMALL, vocab_size=128256, num_key_value_heads=2,
-                                               rope_parameters=dict(rope_type="default", rope_theta=500000.0))),
-    "qwen3": ("chatml", lambda: Qwen3Config(**SMALL, vocab_size=512, num_key_value_heads=2, head_dim=16,
-                                            tie_word_embeddings=True)),
-    "gemma-2": ("gemma", lambda: Gemma2Config(**SMALL, vocab_size=512, num_key_value_heads=2, head_dim=16)),
+    "llama-3": (
+        "llama-3",
+        lambda: LlamaConfig(
+            **SMALL,
+            vocab_size=128256,
+            num_key_value_heads=2,
+            rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+        ),
+    ),
+    "qwen3": (
+        "chatml",
+        lambda: Qwen3Config(
+            **SMALL, vocab_size=512, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True
+        ),
+    ),
+    "gemma-2": (
+        "gemma",
+        lambda: Gemma2Config(**SMALL, vocab_size=512, num_key_value_heads=2, head_dim=16),
+    ),
 }
-TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, patch_size=14)
-COMBINATIONS = [*((llm, tower) for llm in ("vicuna", "gemma", "phi-3", "llama-3") for tower in ("clip", "siglip")),
-                ("vicuna", "dinov2"), ("qwen3", "clip")]
+TOWER = dict(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, patch_size=14
+)
+COMBINATIONS = [
+    *(
+        (llm, tower)
+        for llm in ("vicuna", "gemma", "phi-3", "llama-3")
+        for tower in ("clip", "siglip")
+    ),
+    ("vicuna", "dinov2"),
+    ("qwen3", "clip"),
+]
 WORDS = ["red", "blue", "green", "wall", "sky", "door", "tall", "ocean"]
 
 
@@ -60,40 +86,77 @@ def parts(tokenizer_folders, tmp_path_factory):
     torch.manual_seed(0)
     for name, (chat, config) in LLMS.items():
         tokenizer, config = AutoTokenizer.from_pretrained(tokenizer_folders[chat]), config()
-        config.initializer_range, config.bos_token_id, config.eos_token_id = 0.2, tokenizer.bos_token_id, 1
+        config.initializer_range, config.bos_token_id, config.eos_token_id = (
+            0.2,
+            tokenizer.bos_token_id,
+            1,
+        )
         config.pad_token_id = None
         AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    clip = CLIPConfig(text_config=dict(TOWER, vocab_size=99), vision_config=CLIPVisionConfig(**TOWER, image_size=336))
-    CLIPModel(clip).save_pretrained(root / "clip")  # whole, text tower and all, as OpenAI's and Google's are
-    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(
-        root / "clip")
-    siglip = SiglipConfig(text_config=dict(TOWER, vocab_size=99),
-                          vision_config=SiglipVisionConfig(**TOWER, image_size=384))
+    clip = CLIPConfig(
+        text_config=dict(TOWER, vocab_size=99),
+        vision_config=CLIPVisionConfig(**TOWER, image_size=336),
+    )
+    CLIPModel(clip).save_pretrained(
+        root / "clip"
+    )  # whole, text tower and all, as OpenAI's and Google's are
+    CLIPImageProcessor(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    ).save_pretrained(root / "clip")
+    siglip = SiglipConfig(
+        text_config=dict(TOWER, vocab_size=99),
+        vision_config=SiglipVisionConfig(**TOWER, image_size=384),
+    )
     SiglipModel(siglip).save_pretrained(root / "siglip")
     SiglipImageProcessor(size={"height": 384, "width": 384}).save_pretrained(root / "siglip")
-    Dinov2Model(Dinov2Config(**TOWER, image_size=518)).save_pretrained(root / "dinov2")  # and used at 224
-    CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224},
-                       image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]).save_pretrained(
-                           root / "dinov2")
+    Dinov2Model(Dinov2Config(**TOWER, image_size=518)).save_pretrained(
+        root / "dinov2"
+    )  # and used at 224
+    CLIPImageProcessor(
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(root / "dinov2")
 
     def turns(*texts):
-        return [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * len(texts), texts)]
+        return [
+            {"from": who, "value": text} for who, text in zip(["human", "gpt"] * len(texts), texts)
+        ]
 
     (root / "images").mkdir()
     captions, chats = [], []
     for i in range(4):
-        pixels = rng.integers(0, 256, (int(rng.integers(20, 60)), int(rng.integers(20, 60)), 3), dtype=np.uint8)
+        pixels = rng.integers(
+            0, 256, (int(rng.integers(20, 60)), int(rng.integers(20, 60)), 3), dtype=np.uint8
+        )
         Image.fromarray(pixels).save(root / f"images/{i}.png")
         word = WORDS[i]
-        captions.append({"id": str(i), "image": f"{i}.png",
-                         "conversations": turns("<image>\nDescribe.", f"a {word} door by the {WORDS[-i]}.")})
-        chats.append({"id": str(i), "image": f"{i}.png",
-                      "conversations": turns("<image>\nWhich color?", word, "Sure?", f"Yes, it is {word}.")})
+        captions.append(
+            {
+                "id": str(i),
+                "image": f"{i}.png",
+                "conversations": turns("<image>\nDescribe.", f"a {word} door by the {WORDS[-i]}."),
+            }
+        )
+        chats.append(
+            {
+                "id": str(i),
+                "image": f"{i}.png",
+                "conversations": turns(
+                    "<image>\nWhich color?", word, "Sure?", f"Yes, it is {word}."
+                ),
+            }
+        )
         chats.append({"id": f"t{i}", "conversations": turns("Name a color.", WORDS[i])})
     (root / "train.json").write_text(json.dumps(captions))
     (root / "chats.json").write_text(json.dumps(chats))
-    for name, size, mode in (("clip", 336, "square"), ("siglip", 384, "squash"), ("clip-224", 224, "square")):
+    for name, size, mode in (
+        ("clip", 336, "square"),
+        ("siglip", 384, "squash"),
+        ("clip-224", 224, "square"),
+    ):
         fake_labels(root / f"labels-{name}", captions, root / "images", size, mode)
     return root
 
@@ -101,8 +164,16 @@ def parts(tokenizer_folders, tmp_path_factory):
 def fake_labels(folder, samples, images, size, mode):
     """A store as labels.py extract leaves it, random labels on the encoder's true grid of 14-pixel patches."""
     rng, side = np.random.default_rng(1), size // 14
-    meta = dict(images=len(samples), shard=256, manifest=labels.digest(s["image"] for s in samples), size=size,
-                mode=mode, grid=[side, side], n=2, words=labels.digest(WORDS))
+    meta = dict(
+        images=len(samples),
+        shard=256,
+        manifest=labels.digest(s["image"] for s in samples),
+        size=size,
+        mode=mode,
+        grid=[side, side],
+        n=2,
+        words=labels.digest(WORDS),
+    )
     records = np.zeros(len(samples), labels.record_type(len(WORDS), side * side, 2))
     records["ids"] = rng.integers(0, len(WORDS), records["ids"].shape)
     records["scores"] = rng.random(records["scores"].shape)
@@ -114,16 +185,58 @@ def fake_labels(folder, samples, images, size, mode):
 
 
 def pretrain_flags(parts, llm, tower, out):
-    store = {"dinov2": "clip-224"}.get(tower, tower)  # Table 5: CLIP-L/14@224's labels on DINOv2's 16 x 16 patches
-    return ["--stage", "pretrain", "--llm", f"{parts}/{llm}", "--vision", f"{parts}/{tower}", "--data",
-            f"{parts}/train.json", "--image_folder", f"{parts}/images", "--labels", f"{parts}/labels-{store}",
-            "--out_dir", str(out), "--batch_size", "2", "--max_steps", "2", "--save_every", "0", "--workers", "0"]
+    store = {"dinov2": "clip-224"}.get(
+        tower, tower
+    )  # Table 5: CLIP-L/14@224's labels on DINOv2's 16 x 16 patches
+    return [
+        "--stage",
+        "pretrain",
+        "--llm",
+        f"{parts}/{llm}",
+        "--vision",
+        f"{parts}/{tower}",
+        "--data",
+        f"{parts}/train.json",
+        "--image_folder",
+        f"{parts}/images",
+        "--labels",
+        f"{parts}/labels-{store}",
+        "--out_dir",
+        str(out),
+        "--batch_size",
+        "2",
+        "--max_steps",
+        "2",
+        "--save_every",
+        "0",
+        "--workers",
+        "0",
+    ]
 
 
 def finetune_flags(parts, init, out):
-    return ["--stage", "finetune", "--init", str(init), "--data", f"{parts}/chats.json", "--image_folder",
-            f"{parts}/images", "--out_dir", str(out), "--batch_size", "2", "--max_steps", "4", "--save_every", "0",
-            "--workers", "0", "--lr", "1e-3"]
+    return [
+        "--stage",
+        "finetune",
+        "--init",
+        str(init),
+        "--data",
+        f"{parts}/chats.json",
+        "--image_folder",
+        f"{parts}/images",
+        "--out_dir",
+        str(out),
+        "--batch_size",
+        "2",
+        "--max_steps",
+        "4",
+        "--save_every",
+        "0",
+        "--workers",
+        "0",
+        "--lr",
+        "1e-3",
+    ]
 
 
 @pytest.fixture
@@ -137,15 +250,28 @@ def trained(monkeypatch):
 def assert_same(model, folder, parts, exact=1e-4):
     """transformers' Llava and processor give the logits and the greedy answer that the model in memory gives."""
     llava, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    assert (
+        not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ), info
     processor = AutoProcessor.from_pretrained(folder)
     image = Image.open(parts / "images/0.png")
-    message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Which color?"}]}
-    inputs = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=True,
-                                           return_tensors="pt")
-    sample = {"image": "0.png", "conversations": [{"from": "human", "value": "<image>\nWhich color?"},
-                                                  {"from": "gpt", "value": "x"}]}
-    item = LlavaDataset([sample], parts / "images", model.geometry, model.tokenizer, model.image_tokens, chat=True)[0]
+    message = {
+        "role": "user",
+        "content": [{"type": "image", "image": image}, {"type": "text", "text": "Which color?"}],
+    }
+    inputs = processor.apply_chat_template(
+        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    sample = {
+        "image": "0.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhich color?"},
+            {"from": "gpt", "value": "x"},
+        ],
+    }
+    item = LlavaDataset(
+        [sample], parts / "images", model.geometry, model.tokenizer, model.image_tokens, chat=True
+    )[0]
     n = inputs["input_ids"].shape[1]
     assert torch.equal(item["input_ids"][:n], inputs["input_ids"][0])
     assert torch.equal(item["pixels"], inputs["pixel_values"][0])
@@ -153,7 +279,7 @@ def assert_same(model, folder, parts, exact=1e-4):
     with torch.no_grad():
         ids, pixels = item["input_ids"][None, :n], item["pixels"][None]
         ours = model.llm(inputs_embeds=model.embed(ids, model.encode_image(pixels))).logits[0]
-        theirs = llava.eval()(**inputs).logits[0, :, :ours.shape[-1]]
+        theirs = llava.eval()(**inputs).logits[0, :, : ours.shape[-1]]
         assert ours.std() > 0.1 and (ours - theirs).abs().max() < exact
         assert theirs.argmax(-1).unique().numel() > 5  # and it says something
         answer = model.generate(ids, torch.ones_like(ids), pixels, max_new_tokens=12)[0]
@@ -163,26 +289,46 @@ def assert_same(model, folder, parts, exact=1e-4):
 
 
 @pytest.mark.parametrize("llm, tower", COMBINATIONS)
-def test_both_stages_and_a_folder_that_transformers_loads(parts, llm, tower, trained, tmp_path, monkeypatch):
+def test_both_stages_and_a_folder_that_transformers_loads(
+    parts, llm, tower, trained, tmp_path, monkeypatch
+):
     train.main([*pretrain_flags(parts, llm, tower, tmp_path / "one"), "--export"])
     train.main(finetune_flags(parts, tmp_path / "one", tmp_path / "two"))
     (first, _), (second, _) = trained
     before = AutoModelForCausalLM.from_pretrained(parts / llm).state_dict()
     assert all(torch.equal(w, before[name]) for name, w in first.llm.state_dict().items())
     assert not any(torch.equal(w, before[name]) for name, w in second.llm.named_parameters())
-    assert first.geometry["mode"] == ("squash" if tower == "siglip" else "square") and second.geometry["mode"] == "pad"
+    assert (
+        first.geometry["mode"] == ("squash" if tower == "siglip" else "square")
+        and second.geometry["mode"] == "pad"
+    )
     assert first.image_tokens == {"clip": 576, "siglip": 729, "dinov2": 256}[tower]
     for model, out in ((first, "one"), (second, "two")):
         assert_same(model, tmp_path / out / "model", parts)
-    asked = [evaluation.ask(f"<image>\n{text}" if i else text, f"{i}.png" if i else None)
-             for i, text in enumerate(("Name a color.", "Which?", "Which color is it, and is it as red as a wall?"))]
-    said, generate = [], second.generate  # ids, for those beyond a small stand-in tokenizer's vocabulary are no text
-    monkeypatch.setattr(second, "generate", lambda *args, **kwargs: said.append(generate(*args, **kwargs)) or said[-1])
+    asked = [
+        evaluation.ask(f"<image>\n{text}" if i else text, f"{i}.png" if i else None)
+        for i, text in enumerate(
+            ("Name a color.", "Which?", "Which color is it, and is it as red as a wall?")
+        )
+    ]
+    said, generate = (
+        [],
+        second.generate,
+    )  # ids, for those beyond a small stand-in tokenizer's vocabulary are no text
+    monkeypatch.setattr(
+        second,
+        "generate",
+        lambda *args, **kwargs: said.append(generate(*args, **kwargs)) or said[-1],
+    )
     one, together = (evaluation.answer(second, asked, parts / "images", size, 6) for size in (1, 3))
     assert one == together
     pad, said = second.tokenizer.pad_token_id, [row.tolist() for batch in said for row in batch]
-    one, together = ([[i for i in row if i != pad] for row in rows] for rows in (said[:3], said[3:]))
-    assert one == together  # an untrained Gemma, whose √D drowns the rest, repeats its last token; see test_real.py
+    one, together = (
+        [[i for i in row if i != pad] for row in rows] for rows in (said[:3], said[3:])
+    )
+    assert (
+        one == together
+    )  # an untrained Gemma, whose √D drowns the rest, repeats its last token; see test_real.py
     assert len({tuple(row) for row in one}) > 1 or llm == "gemma"
     config = json.loads((tmp_path / "two/model/config.json").read_text())
     assert config["vision_feature_layer"] == -2 and config["image_seq_length"] == first.image_tokens
@@ -199,7 +345,10 @@ def test_an_exported_folder_is_read_back_and_trained_further(parts, trained, tmp
     again = SEAModel.from_run(tmp_path / "one/model")
     for name, w in first.adapter.state_dict().items():
         assert torch.allclose(w, again.adapter.state_dict()[name], rtol=1e-5), name
-    assert again.geometry == first.geometry == vision_geometry(parts / "clip") and again.image_tokens == 576
+    assert (
+        again.geometry == first.geometry == vision_geometry(parts / "clip")
+        and again.image_tokens == 576
+    )
     train.main(finetune_flags(parts, tmp_path / "one/model", tmp_path / "two"))
     train.main(finetune_flags(parts, tmp_path / "two", tmp_path / "three"))
     assert_same(trained[2][0], tmp_path / "three/model", parts)
@@ -210,8 +359,15 @@ def test_an_exported_folder_is_read_back_and_trained_further(parts, trained, tmp
     assert -1 <= evaluation.main(["tacs", "--model", f"{tmp_path}/three", *data])["tacs"] <= 1
 
 
-@pytest.mark.parametrize("field, value", [("vision_feature_select_strategy", "full"), ("projector_hidden_act", "relu"),
-                                          ("vision_feature_layer", [-2, -1]), ("multimodal_projector_bias", False)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("vision_feature_select_strategy", "full"),
+        ("projector_hidden_act", "relu"),
+        ("vision_feature_layer", [-2, -1]),
+        ("multimodal_projector_bias", False),
+    ],
+)
 def test_a_llava_model_that_works_otherwise_is_refused(parts, tmp_path, field, value):
     train.main(["--export", *pretrain_flags(parts, "gemma", "clip", tmp_path), "--max_steps", "1"])
     (tmp_path / "model/adapter.safetensors").unlink()
@@ -226,16 +382,31 @@ def test_an_llm_that_llava_cannot_hold_is_written_in_parts(parts, trained, tmp_p
     train.main(finetune_flags(parts, tmp_path / "one", tmp_path / "two"))
     assert "cannot hold this LLM (its logits are soft-capped" in capsys.readouterr().out
     loaded, model = SEAModel.from_run(tmp_path / "two"), trained[1][0]
-    assert loaded.geometry == model.geometry and loaded.tokenizer.chat_template == model.tokenizer.chat_template
+    assert (
+        loaded.geometry == model.geometry
+        and loaded.tokenizer.chat_template == model.tokenizer.chat_template
+    )
     for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values()):
         assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
-def test_the_vision_tower_is_trained_at_its_own_rate_but_for_what_is_not_used(parts, trained, tmp_path, tower):
+def test_the_vision_tower_is_trained_at_its_own_rate_but_for_what_is_not_used(
+    parts, trained, tmp_path, tower
+):
     train.main(pretrain_flags(parts, "gemma", tower, tmp_path / "one"))
-    train.main([*finetune_flags(parts, tmp_path / "one", tmp_path / "two"), "--tune_vision", "--vision_lr", "1e-4",
-                "--max_steps", "1", "--warmup_ratio", "0"])
+    train.main(
+        [
+            *finetune_flags(parts, tmp_path / "one", tmp_path / "two"),
+            "--tune_vision",
+            "--vision_lr",
+            "1e-4",
+            "--max_steps",
+            "1",
+            "--warmup_ratio",
+            "0",
+        ]
+    )
     (first, _), (second, _) = trained
     before, unused = dict(first.vision.named_parameters()), []
     for name, w in second.vision.named_parameters():
@@ -245,18 +416,30 @@ def test_the_vision_tower_is_trained_at_its_own_rate_but_for_what_is_not_used(pa
             assert not w.requires_grad
         else:
             assert moved < 1.01e-4, name  # one step of Adam: the rate, or less
-    last = {"clip": "encoder.layers.2.", "siglip": "encoder.layers.2.", "dinov2": "encoder.layer.2."}[tower]
-    assert all(name.split("vision_model.")[-1].startswith((last, "post_layernorm", "layernorm", "head.",
-                                                           "embeddings.mask_token")) for name in unused)
+    last = {
+        "clip": "encoder.layers.2.",
+        "siglip": "encoder.layers.2.",
+        "dinov2": "encoder.layer.2.",
+    }[tower]
+    assert all(
+        name.split("vision_model.")[-1].startswith(
+            (last, "post_layernorm", "layernorm", "head.", "embeddings.mask_token")
+        )
+        for name in unused
+    )
     assert any(last in name for name in unused)
-    largest = max((w - p).abs().max() for w, p in zip(second.adapter.parameters(), first.adapter.parameters()))
+    largest = max(
+        (w - p).abs().max() for w, p in zip(second.adapter.parameters(), first.adapter.parameters())
+    )
     assert 0.9e-3 < largest < 1.1e-3
     assert_same(second, tmp_path / "two/model", parts)
 
 
 def test_labels_of_another_grid_are_refused_for_dinov2(parts, tmp_path):
-    flags = [f.replace("labels-clip-224", "labels-clip")
-             for f in pretrain_flags(parts, "gemma", "dinov2", tmp_path / "run")]
+    flags = [
+        f.replace("labels-clip-224", "labels-clip")
+        for f in pretrain_flags(parts, "gemma", "dinov2", tmp_path / "run")
+    ]
     with pytest.raises(UserError, match="made with size = 336, this run has size = 224"):
         train.main(flags)
 

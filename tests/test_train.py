@@ -31,15 +31,21 @@ def test_a_run_leaves_what_it_promises_and_learns(flags, tmp_path, world):
     assert [line["step"] for line in lines] == list(range(1, 41))
     assert sum(m["loss_g"] for m in lines[-5:]) < sum(m["loss_g"] for m in lines[:5]) - 1
     assert sum(m["loss_a"] for m in lines[-5:]) < sum(m["loss_a"] for m in lines[:5])
-    assert all(0 < m["pairs"] <= 10 and 0 <= m["matched"] <= 1 for m in lines)  # 10 words: at most 10 pairs
+    assert all(
+        0 < m["pairs"] <= 10 and 0 <= m["matched"] <= 1 for m in lines
+    )  # 10 words: at most 10 pairs
     assert all(-1 <= m["val_tacs"] <= 1 for m in lines[2::3]) and lines[-1]["seen"] == 160
-    assert lines[-1]["tau"] != 1 and json.loads((tmp_path / "config.json").read_text())["lr"] == 0.01
+    assert (
+        lines[-1]["tau"] != 1 and json.loads((tmp_path / "config.json").read_text())["lr"] == 0.01
+    )
     assert before == {p: p.read_bytes() for p in (world / "llm").iterdir()}
 
 
 def test_schedule_is_linear_warmup_then_cosine_to_zero(flags, tmp_path):
     train.main([*flags, "--out_dir", str(tmp_path), "--max_steps", "20", "--warmup_ratio", "0.15"])
-    expected = [1e-3 * i / 3 for i in range(3)] + [1e-3 * (1 + math.cos(math.pi * i / 17)) / 2 for i in range(17)]
+    expected = [1e-3 * i / 3 for i in range(3)] + [
+        1e-3 * (1 + math.cos(math.pi * i / 17)) / 2 for i in range(17)
+    ]
     assert [m["lr"] for m in metrics(tmp_path)] == pytest.approx(expected)
 
 
@@ -52,8 +58,19 @@ def test_the_baseline_needs_no_labels_and_has_no_alignment_loss(flags, tmp_path)
 def test_accumulation_takes_the_mean_over_all_tokens(flags, tmp_path):
     """Ragged captions: two micro-batches of 4 and one batch of 8 have the same loss_g and, without SEA, weights."""
     for name, batch, accum in (("one", 8, 1), ("two", 4, 2)):
-        train.main([*flags, "--out_dir", str(tmp_path / name), "--sea_weight", "0", "--batch_size", str(batch),
-                    "--grad_accum", str(accum)])
+        train.main(
+            [
+                *flags,
+                "--out_dir",
+                str(tmp_path / name),
+                "--sea_weight",
+                "0",
+                "--batch_size",
+                str(batch),
+                "--grad_accum",
+                str(accum),
+            ]
+        )
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
         assert a["loss_g"] == pytest.approx(b["loss_g"], rel=1e-5)
     for name, w in weights(tmp_path / "one").items():
@@ -78,7 +95,9 @@ def test_ten_steps_killed_and_ten_more_are_twenty(flags, tmp_path):
         train.main({killed!r})"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert len(metrics(tmp_path / "killed")) == 13 and not (tmp_path / "killed/model").exists()
-    (tmp_path / "killed/checkpoints/step_15.tmp").mkdir()  # as if the kill had come while a checkpoint was written
+    (
+        tmp_path / "killed/checkpoints/step_15.tmp"
+    ).mkdir()  # as if the kill had come while a checkpoint was written
     train.main([*killed, "--resume"])
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     for name, w in weights(tmp_path / "whole").items():
@@ -94,7 +113,9 @@ def test_gradient_checkpointing_changes_nothing(flags, tmp_path):
 
 def test_bfloat16_keeps_fp32_masters_and_follows_fp32(flags, tmp_path):
     for name in ("float32", "bfloat16"):
-        train.main([*flags, "--out_dir", str(tmp_path / name), "--dtype", name, "--max_steps", "12"])
+        train.main(
+            [*flags, "--out_dir", str(tmp_path / name), "--dtype", name, "--max_steps", "12"]
+        )
     a, b = (metrics(tmp_path / name) for name in ("float32", "bfloat16"))
     assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bfloat16").values())
     assert [m["loss_g"] for m in a] == pytest.approx([m["loss_g"] for m in b], rel=0.02)
@@ -102,57 +123,98 @@ def test_bfloat16_keeps_fp32_masters_and_follows_fp32(flags, tmp_path):
     assert a[0]["loss_g"] != b[0]["loss_g"]
 
 
-@pytest.mark.parametrize("extra, message", [
-    (["--batch_size", "0"], "--batch_size must be positive"),
-    (["--sea_weight", "-1"], "--sea_weight must not be negative"),
-    (["--gather_pairs", "--sea_weight", "0"], "--gather_pairs contradicts --sea_weight 0"),
-    (["--gather_pairs"], "--gather_pairs needs several ranks"),
-    (["--resume"], "--resume needs --out_dir"),
-    (["--out_dir", "{tmp}", "--resume"], "no checkpoint to resume from"),
-    (["--out_dir", "{tmp}", "--labels", "{tmp}/none"], "none: no label store"),
-    (["--out_dir", "{tmp}", "--data", "{tmp}/none.json"], "none.json: no such data file"),
-    (["--out_dir", "{tmp}", "--image_folder", "{tmp}/none"], "none: no such image folder"),
-    (["--out_dir", "{tmp}", "--llm", "{tmp}/none.gguf"], "none.gguf: no such GGUF file"),
-    (["--out_dir", "{tmp}", "--vision", "{tmp}"], "cannot be loaded as AutoConfig"),
-])
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--batch_size", "0"], "--batch_size must be positive"),
+        (["--sea_weight", "-1"], "--sea_weight must not be negative"),
+        (["--gather_pairs", "--sea_weight", "0"], "--gather_pairs contradicts --sea_weight 0"),
+        (["--gather_pairs"], "--gather_pairs needs several ranks"),
+        (["--resume"], "--resume needs --out_dir"),
+        (["--out_dir", "{tmp}", "--resume"], "no checkpoint to resume from"),
+        (["--out_dir", "{tmp}", "--labels", "{tmp}/none"], "none: no label store"),
+        (["--out_dir", "{tmp}", "--data", "{tmp}/none.json"], "none.json: no such data file"),
+        (["--out_dir", "{tmp}", "--image_folder", "{tmp}/none"], "none: no such image folder"),
+        (["--out_dir", "{tmp}", "--llm", "{tmp}/none.gguf"], "none.gguf: no such GGUF file"),
+        (["--out_dir", "{tmp}", "--vision", "{tmp}"], "cannot be loaded as AutoConfig"),
+    ],
+)
 def test_bad_flags_and_bad_paths_are_refused_in_one_line(flags, tmp_path, extra, message):
     with pytest.raises(UserError, match=message) as e:
         train.main([*flags, *(x.format(tmp=tmp_path) for x in extra)])
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--init", "x"], "--init belongs to --stage finetune"),
-    (["--tune_vision"], "--tune_vision belongs to --stage finetune"),
-    (["--image_mode", "pad"], "--image_mode pad has no labels"),
-    (["--fsdp"], "--fsdp needs torchrun"),
-    (["--world_size", "8"], "--world_size belongs to --dry_run"),
-    (["--stage", "finetune", "--sea_weight", "1"], "--sea_weight belongs to --stage pretrain"),
-    (["--stage", "finetune", "--llm", "gemma-2b"], "--llm belongs to --stage pretrain"),
-    (["--stage", "finetune", "--vision", "x"], "--vision belongs to --stage pretrain"),
-    (["--keep", "-1"], "--keep must not be negative"),
-    (["--save_every", "-1"], "--save_every must not be negative"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--init", "x"], "--init belongs to --stage finetune"),
+        (["--tune_vision"], "--tune_vision belongs to --stage finetune"),
+        (["--image_mode", "pad"], "--image_mode pad has no labels"),
+        (["--fsdp"], "--fsdp needs torchrun"),
+        (["--world_size", "8"], "--world_size belongs to --dry_run"),
+        (["--stage", "finetune", "--sea_weight", "1"], "--sea_weight belongs to --stage pretrain"),
+        (["--stage", "finetune", "--llm", "gemma-2b"], "--llm belongs to --stage pretrain"),
+        (["--stage", "finetune", "--vision", "x"], "--vision belongs to --stage pretrain"),
+        (["--keep", "-1"], "--keep must not be negative"),
+        (["--save_every", "-1"], "--save_every must not be negative"),
+    ],
+)
 def test_flags_of_the_other_stage_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         train.parse_config(flags)
 
 
 # LLaVA-1.5's table and Cambrian's data, by hand; at 8 GPUs the global batches are 256 and 128
-@pytest.mark.parametrize("flags, expected", [
-    (["--stage", "pretrain"], dict(
-        llm="vicuna-7b", vision="clip-l-336", data="data/blip_laion_cc_sbu_558k.json", lr=1e-3, batch_size=32,
-        sea_weight=1.0, image_mode="", tune_vision=False)),
-    (["--stage", "finetune"], dict(
-        init="out/pretrain", data="data/llava_v1_5_mix665k.json", lr=2e-5, batch_size=16, sea_weight=0.0,
-        image_mode="pad", tune_vision=False)),
-    (["--stage", "finetune", "--tune_vision"], dict(tune_vision=True, vision_lr=2e-6, lr=2e-5)),
-    (["--recipe", "prime"], dict(vision="siglip-384", data="data/alignment_2.5m.jsonl", lr=1e-3, sea_weight=1.0)),
-    (["--recipe", "prime", "--stage", "finetune"], dict(
-        data="data/Cambrian7M_withsystemprompt.jsonl", tune_vision=True, vision_lr=2e-6, image_mode="pad")),
-    (["--preset", "toy", "--stage", "finetune", "--lr", "0.1"], dict(init="out/toy", lr=0.1, sea_weight=0.0)),
-    (["--preset", "small"], dict(llm="qwen3-0.6b", batch_size=8, grad_accum=32)),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (
+            ["--stage", "pretrain"],
+            dict(
+                llm="vicuna-7b",
+                vision="clip-l-336",
+                data="data/blip_laion_cc_sbu_558k.json",
+                lr=1e-3,
+                batch_size=32,
+                sea_weight=1.0,
+                image_mode="",
+                tune_vision=False,
+            ),
+        ),
+        (
+            ["--stage", "finetune"],
+            dict(
+                init="out/pretrain",
+                data="data/llava_v1_5_mix665k.json",
+                lr=2e-5,
+                batch_size=16,
+                sea_weight=0.0,
+                image_mode="pad",
+                tune_vision=False,
+            ),
+        ),
+        (["--stage", "finetune", "--tune_vision"], dict(tune_vision=True, vision_lr=2e-6, lr=2e-5)),
+        (
+            ["--recipe", "prime"],
+            dict(vision="siglip-384", data="data/alignment_2.5m.jsonl", lr=1e-3, sea_weight=1.0),
+        ),
+        (
+            ["--recipe", "prime", "--stage", "finetune"],
+            dict(
+                data="data/Cambrian7M_withsystemprompt.jsonl",
+                tune_vision=True,
+                vision_lr=2e-6,
+                image_mode="pad",
+            ),
+        ),
+        (
+            ["--preset", "toy", "--stage", "finetune", "--lr", "0.1"],
+            dict(init="out/toy", lr=0.1, sea_weight=0.0),
+        ),
+        (["--preset", "small"], dict(llm="qwen3-0.6b", batch_size=8, grad_accum=32)),
+    ],
+)
 def test_recipes(flags, expected):
     cfg = train.parse_config(flags)
     common = dict(warmup_ratio=0.03, weight_decay=0.0, clip_grad=0.0, epochs=1.0, max_length=2048)
@@ -170,7 +232,9 @@ def test_labels_of_other_samples_are_refused_by_field(flags, world, tmp_path):
     fewer = json.loads((world / "train.json").read_text())[:-1]
     (tmp_path / "fewer.json").write_text(json.dumps(fewer))
     with pytest.raises(UserError, match="made with manifest = .*run labels.py extract"):
-        train.main([*flags, "--out_dir", str(tmp_path / "run"), "--data", str(tmp_path / "fewer.json")])
+        train.main(
+            [*flags, "--out_dir", str(tmp_path / "run"), "--data", str(tmp_path / "fewer.json")]
+        )
 
 
 def test_a_run_is_never_written_over_and_resuming_checks_the_settings(flags, tmp_path):
@@ -192,12 +256,24 @@ def test_gradients_are_clipped_to_the_given_norm(finetune_flags, tmp_path, monke
     def watching(cfg, model, steps):
         optimizer, schedule = build(cfg, model, steps)
         grads = [p for p in model.parameters() if p.requires_grad]
-        optimizer.register_step_pre_hook(lambda *_: norms.append(sum((p.grad**2).sum() for p in grads) ** 0.5))
+        optimizer.register_step_pre_hook(
+            lambda *_: norms.append(sum((p.grad**2).sum() for p in grads) ** 0.5)
+        )
         return optimizer, schedule
 
     monkeypatch.setattr(train, "build_optimizer", watching)
     for name, norm in (("free", "0"), ("clipped", "0.01")):
-        train.main([*finetune_flags, "--out_dir", str(tmp_path / name), "--max_steps", "2", "--clip_grad", norm])
+        train.main(
+            [
+                *finetune_flags,
+                "--out_dir",
+                str(tmp_path / name),
+                "--max_steps",
+                "2",
+                "--clip_grad",
+                norm,
+            ]
+        )
     assert min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01] * 2, rel=1e-3)
 
 
@@ -208,7 +284,19 @@ def test_only_the_newest_checkpoints_are_kept(finetune_flags, tmp_path):
 
 def test_stage_2_learns_what_stage_1_cannot(finetune_flags, tmp_path, world):
     """The answers are always "the", a word: the loss goes to nearly nothing, the LLM is what changes."""
-    train.main([*finetune_flags, "--out_dir", str(tmp_path), "--max_steps", "60", "--val_every", "60", "--lr", "0.01"])
+    train.main(
+        [
+            *finetune_flags,
+            "--out_dir",
+            str(tmp_path),
+            "--max_steps",
+            "60",
+            "--val_every",
+            "60",
+            "--lr",
+            "0.01",
+        ]
+    )
     losses = [m["loss_g"] for m in metrics(tmp_path)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert "val_tacs" not in metrics(tmp_path)[-1] and metrics(tmp_path)[-1]["val_loss"] < losses[0]
@@ -220,21 +308,50 @@ def test_stage_2_starts_from_the_adapter_of_stage_1(finetune_flags, tmp_path):
     before = load_file(Path(finetune_flags[3]) / "model/adapter.safetensors")
     after = load_file(tmp_path / "model/model.safetensors")
     for name in ("linear_1.weight", "linear_2.bias"):
-        assert torch.allclose(before[f"adapter.{name}"], after[f"multi_modal_projector.{name}"], atol=1e-8)
+        assert torch.allclose(
+            before[f"adapter.{name}"], after[f"multi_modal_projector.{name}"], atol=1e-8
+        )
 
 
 def test_a_missing_stage_1_is_named(finetune_flags, tmp_path):
     (tmp_path / "empty").mkdir()
-    for init, message in (("empty", "no adapter.safetensors and no Llava model"), ("none", "no adapter.safetensors")):
+    for init, message in (
+        ("empty", "no adapter.safetensors and no Llava model"),
+        ("none", "no adapter.safetensors"),
+    ):
         with pytest.raises(UserError, match=message):
-            train.main([*finetune_flags, "--init", str(tmp_path / init), "--out_dir", str(tmp_path / "run")])
+            train.main(
+                [
+                    *finetune_flags,
+                    "--init",
+                    str(tmp_path / init),
+                    "--out_dir",
+                    str(tmp_path / "run"),
+                ]
+            )
 
 
 def test_a_command_line_error_is_one_line(flags, tmp_path):
     """Through the interpreter: from a DataLoader worker too, no traceback reaches the user."""
     images = tmp_path / "images"
     images.mkdir()
-    run = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--out_dir", tmp_path / "run", "--workers", "1",
-                          "--image_folder", images], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "train.py",
+            *flags,
+            "--out_dir",
+            tmp_path / "run",
+            "--workers",
+            "1",
+            "--image_folder",
+            images,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert run.stderr.splitlines()[-1].startswith("error: ") and ".png: cannot read the image" in run.stderr
+    assert (
+        run.stderr.splitlines()[-1].startswith("error: ")
+        and ".png: cannot read the image" in run.stderr
+    )
