@@ -4,11 +4,13 @@ import torch.nn as nn
 
 
 class Adapter(nn.Module):
-    """LLaVA-1.5's projector: Linear(d_vision -> d_llm), GELU (exact), Linear(d_llm -> d_llm), PyTorch's default init.
+    """LLaVA-1.5's projector: Linear(d_vision -> d_llm), GELU (exact), Linear(d_llm -> d_llm).
 
-    [..., d_vision] -> [..., d_llm]. output_scale multiplies the output.
-    PAPER: for an LLM that scales its embeddings (Gemma: √D), output_scale is that factor, so that visual tokens start
-    on the scale they had in the LLaVA baseline, where the LLM scaled text and image alike. Cosines do not see it.
+    features [..., d_vision] -> visual tokens [..., d_llm]. PyTorch's default initialisation.
+
+    PAPER: an LLM that multiplies its embeddings by a factor (Gemma: √D) gets visual tokens that are
+    multiplied by the same output_scale. They start on the scale that they had in the LLaVA
+    baseline, where the LLM scaled text and image alike. Cosines do not see it.
     """
 
     def __init__(self, d_vision, d_llm, output_scale=1.0):
@@ -19,4 +21,5 @@ class Adapter(nn.Module):
         self.output_scale = output_scale
 
     def forward(self, features):
+        features = features.to(self.linear_1.weight.dtype)  # of a frozen tower in bfloat16
         return self.linear_2(self.act(self.linear_1(features))) * self.output_scale

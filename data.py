@@ -1,14 +1,14 @@
-"""LLaVA-format data: samples, images and their geometry, text -> ids and mask, batches.
+"""LLaVA-format data: samples, text -> ids and targets, images and their geometry, batches, order.
 
-One sample is {"id": ..., "image": "folder/name.jpg", "conversations": [{"from": "human", "value": "<image>\\nDescribe
-it."}, {"from": "gpt", "value": "A caption."}]}; a file is a JSON list of samples, or a sample on each line (.jsonl).
+A sample is {"id": ..., "image": "folder/name.jpg", "conversations": [
+{"from": "human", "value": "<image>\\nDescribe it."}, {"from": "gpt", "value": "A caption."}]}.
+A data file is a JSON list of samples, or holds one sample on each line (.jsonl).
 """
 
 import argparse
 import functools
 import inspect
 import io
-import itertools
 import json
 import re
 import sys
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
@@ -30,80 +31,58 @@ from transformers import (
 )
 
 IMAGE_TOKEN = "<image>"
-IGNORE = -100  # the label of a position that is not trained, as cross_entropy expects it
+IGNORE = -100  # the target of a position that is not trained, as cross_entropy expects it
 
 
 class UserError(Exception):
-    """Something outside the program is wrong (a file, a flag); the text names it and the fix."""
+    """Something outside the program is wrong, such as a file or a flag; says which, and the fix."""
 
 
-def cli(main):
-    """Run a command line: a UserError ends it with one line, anything else is a bug and keeps its traceback."""
-    try:
-        main()
-    except UserError as e:  # from a DataLoader worker it comes wrapped in the worker's traceback
-        sys.exit("error: " + str(e).rsplit("UserError: ", 1)[-1].strip())
+# ----------------------------------------------------------------------------- samples
 
 
-def add_flags(parser, signature, **help):
-    """Give an argparse parser one flag for each parameter of a signature: its name, annotated type and default."""
-    for name, p in signature.parameters.items():
-        choices = typing.get_args(p.annotation) or None  # of a Literal
-        kwargs = dict(
-            required=p.default is p.empty,
-            default=None if p.default is p.empty else p.default,
-            help=help.get(name, "default: %(default)s"),
-        )
-        if p.annotation is bool:
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **kwargs)
-        else:
-            kind = type(choices[0]) if choices else p.annotation
-            parser.add_argument(f"--{name}", type=kind, choices=choices, **kwargs)
+def load_samples(file, captions=True):
+    """A LLaVA .json or .jsonl file -> a sequence of dicts, all of them checked.
 
-
-def run_command(doc, functions, argv=None):
-    """functions {subcommand: function}: call the one that argv names, its parameters as flags."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, f in functions.items():
-        add_flags(
-            commands.add_parser(
-                name, help=f.__doc__.split(":")[0], description=f.__doc__, allow_abbrev=False
-            ),
-            inspect.signature(f),
-        )
-    args = vars(parser.parse_args(argv))
-    return functions[args.pop("command")](**args)
-
-
-# --------------------------------------------------------------------------------------------------- samples
+    captions: every sample must be an image and its caption, as stage 1 and the labels need it.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"{file}: no such data file (--data takes a LLaVA-format .json or .jsonl)")
+    if file.suffix == ".jsonl":
+        samples = JsonLines(file, captions)
+    else:
+        samples = _parse(file.read_bytes(), file)
+        if not isinstance(samples, list):
+            raise UserError(f"{file}: expected a list of samples")
+        for number, sample in enumerate(samples, 1):
+            check_sample(sample, captions, f"{file}, sample {number}")
+    if not len(samples):
+        raise UserError(f"{file}: expected at least one sample")
+    return samples
 
 
 class JsonLines:
-    """A .jsonl file of any size as a sequence: line offsets stay in memory, a line is parsed when it is asked for.
-    Opening it reads it once, to check every sample and count its words (lengths)."""
+    """A .jsonl file of any size as a sequence: only the places of its lines stay in memory.
 
-    def __init__(self, path, captions):
-        self.path, offsets, lengths = path, [0], []
-        with (
-            open(path, "rb") as f,
-            tqdm(
-                total=path.stat().st_size,
-                desc=f"reading {path.name}",
-                unit="B",
-                unit_scale=True,
-                disable=path.stat().st_size < 2**28,
-            ) as bar,
-        ):
-            for number, line in enumerate(f, 1):
-                sample = _parse(line, path, number)
-                _check(sample, captions, f"{path}, line {number}")
+    Opening it reads it once, to check every sample and to measure its length.
+    """
+
+    def __init__(self, file, captions):
+        self.file = file
+        offsets = [0]
+        lengths = []
+        size = file.stat().st_size
+        bar = tqdm(total=size, desc=f"reading {file.name}", unit="B", unit_scale=True, delay=5)
+        with open(file, "rb") as lines, bar:
+            for number, line in enumerate(lines, 1):
+                sample = _parse(line, file, number)
+                check_sample(sample, captions, f"{file}, line {number}")
                 lengths.append(sample_length(sample))
                 offsets.append(offsets[-1] + len(line))
                 bar.update(len(line))
-        self.offsets, self.lengths = np.array(offsets), np.array(lengths)
+        self.offsets = np.array(offsets)
+        self.lengths = np.array(lengths)
 
     def __len__(self):
         return len(self.lengths)
@@ -111,483 +90,562 @@ class JsonLines:
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        with open(self.path, "rb") as f:
-            f.seek(self.offsets[i])
-            return json.loads(f.read(self.offsets[i + 1] - self.offsets[i]))
+        with open(self.file, "rb") as lines:
+            lines.seek(self.offsets[i])
+            return json.loads(lines.readline())
 
 
-def _parse(text, path, line=None):
+def read_json_lines(file):
+    """The objects of a small file that holds one on each line, such as metrics.jsonl."""
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    return [_parse(line, file, number) for number, line in enumerate(lines, 1)]
+
+
+def _parse(text, file, line=None):
     try:
         return json.loads(text)
     except ValueError as e:  # of JSON or of UTF-8
-        raise UserError(
-            f"{path}, line {line or getattr(e, 'lineno', '?')}: not valid JSON "
-            f"({getattr(e, 'msg', e)}); mend or remove it"
-        ) from e
-
-
-def load_samples(path, captions=True):
-    """A LLaVA .json or .jsonl file -> sequence of dicts, checked; errors name the file and the line or the sample.
-    captions: each must be an image and its caption, as stage 1 and the labels need it."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such data file (--data takes a LLaVA-format .json or .jsonl)")
-    samples = (
-        JsonLines(path, captions) if path.suffix == ".jsonl" else _parse(path.read_bytes(), path)
-    )
-    if not isinstance(samples, (list, JsonLines)) or not len(samples):
-        raise UserError(f"{path}: expected a list of samples, at least one")
-    if isinstance(samples, list):
-        for number, sample in enumerate(samples, 1):
-            _check(sample, captions, f"{path}, sample {number}")
-    return samples
+        line = line or getattr(e, "lineno", "?")
+        reason = getattr(e, "msg", e)
+        raise UserError(f"{file}, line {line}: not valid JSON ({reason}); mend or remove it") from e
 
 
 def image_of(sample):
-    """The image path of a sample, or None if it is text alone: Cambrian writes '', "None" and "nan" for that."""
+    """The image path of a sample, or None. Cambrian writes '', "None" or "nan" for no image."""
     image = sample.get("image")
     return image if isinstance(image, str) and image.lower() not in ("", "none", "nan") else None
 
 
 def sample_length(sample):
-    """Words of all turns, LLaVA's measure for grouping: positive with an image, negative without."""
+    """The words of all turns, LLaVA's measure for grouping: negative if there is no image."""
     words = max(1, sum(len(turn["value"].split()) for turn in sample["conversations"]))
     return words if image_of(sample) else -words
 
 
-def _check(sample, captions, where):
+def sample_lengths(samples):
+    """[n] int64, sample_length of each sample."""
+    if isinstance(samples, JsonLines):
+        return samples.lengths
+    return np.array([sample_length(sample) for sample in samples])
+
+
+def check_sample(sample, captions, where):
+    """Raise UserError, which begins with `where`, if a sample is malformed."""
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list) or len(turns) < 2:
         raise UserError(f'{where}: needs "conversations", a list of at least two turns')
-    if not all(
-        isinstance(turn, dict) and isinstance(turn.get(k), str)
-        for turn in turns
-        for k in ("from", "value")
-    ):
-        raise UserError(
-            f'{where}: each turn of "conversations" needs the strings "from" and "value"'
-        )
-    if isinstance(sample.get("image"), (list, dict)) or (captions and not image_of(sample)):
-        raise UserError(
-            f'{where}: needs "image", one path below --image_folder, not {sample.get("image")!r}'
-        )
+    for turn in turns:
+        texts = [turn.get("from"), turn.get("value")] if isinstance(turn, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f'{where}: each turn of "conversations" needs the strings "from" and "value"'
+            )
+    image = sample.get("image")
+    if isinstance(image, (list, dict)) or (captions and not image_of(sample)):
+        raise UserError(f'{where}: needs "image", one path below --image_folder, not {image!r}')
+
     speakers = " ".join(turn["from"] for turn in turns)
-    shape = "human gpt" if captions else "(system )?(gpt )?human gpt( human gpt)*( human)?"
-    if not re.fullmatch(shape, speakers):
+    pattern = "human gpt" if captions else "(system )?(gpt )?human gpt( human gpt)*( human)?"
+    if not re.fullmatch(pattern, speakers):
         raise UserError(
-            f"{where}: the turns are from {speakers!r}; they must be a caption's (human gpt) in stage 1,"
-            " and alternate between human and gpt, after a system turn if any, in stage 2"
+            f"{where}: the turns are from {speakers!r}; they must be a caption's (human gpt) in "
+            "stage 1, and alternate between human and gpt, after a system turn if any, in stage 2"
         )
     marked = [turn["from"] for turn in turns if IMAGE_TOKEN in turn["value"]]
     if marked and (marked != ["human"] or not image_of(sample)):
         raise UserError(
-            f"{where}: {IMAGE_TOKEN} may stand in one human turn of a sample with an image; here it is in "
-            f"turns of {marked}, and the image is {sample.get('image')!r}"
+            f"{where}: {IMAGE_TOKEN} may stand in one human turn of a sample with an image; here "
+            f"it is in turns of {marked}, and the image is {image!r}"
         )
 
 
-def epoch_order(n, seed, epoch):
-    """The order of the n samples in an epoch: a permutation that depends on nothing else."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+# ----------------------------------------------------------------------------- text
 
 
-def grouped_order(lengths, batch_size, micro_batches, seed, epoch):
-    """LLaVA's order for stage 2: every step holds samples of one kind (with image, or text only), shared out so that
-    its micro-batches are about equally long. lengths as of sample_length -> a permutation. What does not fill a step
-    of its own kind comes last, mixed. A recipe of one epoch: in a second one, steps begin inside the groups."""
-    rng, step_size, steps, rest = (
-        np.random.default_rng([seed, epoch]),
-        batch_size * micro_batches,
-        [],
-        [],
-    )
-    for kind in (lengths > 0, lengths < 0):
-        index = rng.permutation(np.flatnonzero(kind))
-        whole = len(index) // step_size * step_size
-        steps, rest = [*steps, *index[:whole].reshape(-1, step_size)], [*rest, *index[whole:]]
-    for i, step in enumerate(steps):
-        rows = step[np.argsort(-abs(lengths[step]), kind="stable")].reshape(
-            batch_size, micro_batches
-        )
-        rows[1::2] = rows[1::2, ::-1]  # dealt out to and fro, longest first
-        steps[i] = rows.T.ravel()
-    return np.concatenate([*(steps[i] for i in rng.permutation(len(steps))), rest]).astype(np.int64)
+def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=False):
+    """-> ids [L] with <image> image_tokens times, targets [L] with IGNORE where nothing is trained.
 
-
-def micro_batches(
-    n, batch_size, grad_accum, steps, seed=0, first_step=0, rank=0, world=1, lengths=None
-):
-    """Yield this rank's micro-batches, `grad_accum` lists of sample indices for each step in [first_step, steps).
-
-    The samples of a step depend only on (seed, step) and the global batch; micro-batch a of rank r is number
-    a * world + r of the step, so ranks and accumulation are interchangeable. Epochs follow on one another without
-    a gap: the last batch of one is filled from the next, and no sample is dropped. lengths: grouped_order with them.
+    Stage 1, LLaVA's `plain`: <image>, the caption and a newline, without the human turn and without
+    EOS. Caption and newline are trained.
+    chat, stage 2: the tokenizer's chat template. Answers and the tokens that end them are trained.
+    Ids beyond max_length are cut off, and with them an image of which only a part would be left.
     """
-    global_batch = batch_size * grad_accum * world
+    if chat:
+        ids, is_trained = _encode_chat(sample, tokenizer)
+    else:
+        ids = tokenizer(IMAGE_TOKEN + sample["conversations"][1]["value"] + "\n")["input_ids"]
+        before = ids.index(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) + 1
+        is_trained = [0] * before + [1] * (len(ids) - before)
+    ids, is_trained, start = _expand_image(ids, is_trained, tokenizer, image_tokens)
+    if start is not None:
+        if image_tokens + (0 if chat else start) >= max_length:
+            raise UserError(
+                f"max_length {max_length} leaves no room for text beside {image_tokens} image "
+                "tokens"
+            )
+        if start < max_length < start + image_tokens:
+            max_length = start
+    ids = torch.tensor(ids[:max_length])
+    is_trained = torch.tensor(is_trained[:max_length])
+    return ids, ids.masked_fill(is_trained == 0, IGNORE)
 
-    @functools.lru_cache(maxsize=2)
-    def order(epoch):
-        return (
-            epoch_order(n, seed, epoch)
-            if lengths is None
-            else grouped_order(lengths, batch_size, grad_accum * world, seed, epoch)
+
+def encode_prompt(sample, tokenizer, image_tokens):
+    """A chat whose last turn is the human's -> ids [L] for the model to continue with its answer.
+
+    They are the ids that stand before this answer in training.
+    """
+    ids, is_trained = _encode_chat(sample, tokenizer, add_generation_prompt=True)
+    return torch.tensor(_expand_image(ids, is_trained, tokenizer, image_tokens)[0])
+
+
+def _encode_chat(sample, tokenizer, add_generation_prompt=False):
+    """-> ids and is_trained, lists of equal length; an image is still one <image>."""
+    messages = chat_messages(sample)
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=add_generation_prompt,
+    )
+    is_trained = encoded["assistant_masks"]
+    answers = sum(message["role"] == "assistant" for message in messages)
+    marked = sum(np.diff([0, *is_trained]) > 0)
+    if marked != answers:
+        raise UserError(
+            f"sample {sample.get('id')}: the chat template marks {marked} of {answers} answers; "
+            "its {% generation %} must enclose each of them"
         )
-
-    for step in range(first_step, steps):
-        for a in range(grad_accum):
-            start = step * global_batch + (a * world + rank) * batch_size
-            yield [int(order(p // n)[p % n]) for p in range(start, start + batch_size)]
+    # The template leaves BOS to the tokenizer, and not every tokenizer has one.
+    bos = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]
+    return bos + encoded["input_ids"], [0] * len(bos) + is_trained
 
 
-# ---------------------------------------------------------------------------------------------------- images
+def _expand_image(ids, is_trained, tokenizer, image_tokens):
+    """Repeat <image>, once for each visual token -> ids, is_trained, its place or None."""
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if image_token_id not in ids:
+        return ids, is_trained, None
+    start = ids.index(image_token_id)
+    ids = ids[:start] + [image_token_id] * image_tokens + ids[start + 1 :]
+    is_trained = is_trained[:start] + [0] * image_tokens + is_trained[start + 1 :]
+    return ids, is_trained, start
 
 
-def read_image(path):
-    """-> (RGB image, CRC-32 of the file's bytes); UserError with the path if it is missing or cannot be decoded."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise UserError(
-            f"{path}: cannot read the image ({e.strerror}); check --image_folder"
-        ) from e
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB"), zlib.crc32(data)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(
-            f"{path}: not a readable image ({e}); replace the file or remove its sample"
-        ) from e
+def chat_messages(sample):
+    """LLaVA's turns -> the messages of a chat template.
+
+    As in LLaVA the image comes first in its turn, and in the first one if no turn names it. An
+    answer before the first question is dropped.
+    """
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    messages = []
+    for turn in sample["conversations"]:
+        role = roles[turn["from"]]
+        if role != "assistant" or any(message["role"] == "user" for message in messages):
+            messages.append({"role": role, "content": turn["value"].strip()})
+    if image_of(sample):
+        users = [message for message in messages if message["role"] == "user"]
+        marked = [message for message in users if IMAGE_TOKEN in message["content"]]
+        message = (marked or users)[0]
+        text = message["content"].replace(IMAGE_TOKEN, "").strip()
+        message["content"] = f"{IMAGE_TOKEN}\n{text}".strip()
+    return messages
+
+
+def word_tokens(words, tokenizer):
+    """The LLM's token ids of each word as it stands inside a sentence, with its leading space.
+
+    Encoding " dog" alone would give some SentencePiece tokenizers a second space. Words are encoded
+    behind an "a" instead, whose tokens are then taken away.
+    """
+    prefix = tokenizer("a", add_special_tokens=False)["input_ids"]
+    rows = tokenizer([f"a {word}" for word in words], add_special_tokens=False)["input_ids"]
+    for word, ids in zip(words, rows):
+        if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
+            raise UserError(
+                f"the LLM's tokenizer has no tokens for the word {word!r} alone; remove it from "
+                "the list"
+            )
+    return [ids[len(prefix) :] for ids in rows]
+
+
+# ----------------------------------------------------------------------------- chat templates
+
+_LLAVA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+# Message contents are a string, or a list of {"type": "image"} and {"type": "text", "text": ...}.
+_MACROS = r"""
+{%- macro text(message) -%}
+{%- if message.content is string -%}{{ message.content | trim }}
+{%- else -%}
+{%- set parts = namespace(all="") -%}
+{%- for part in message.content -%}
+{%- set parts.all = parts.all ~ ("<image>\n" if part.type == "image" else part.text) -%}
+{%- endfor -%}
+{{ parts.all | trim }}
+{%- endif -%}
+{%- endmacro -%}"""
+_VICUNA = r"""
+{%- if messages[0].role != "system" -%}{{ llava_system ~ " " }}{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == "system" -%}{{ text(message) ~ " " }}
+{%- elif message.role == "user" -%}{{ "USER: " ~ text(message) ~ " " }}
+{%- else -%}
+{{ "ASSISTANT:" }}{%- generation -%}{{ " " ~ text(message) ~ eos_token }}{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "ASSISTANT:" }}{%- endif -%}"""
+_LLAMA_3 = r"""
+{%- macro head(role) -%}{{ "<|start_header_id|>" ~ role ~ "<|end_header_id|>\n\n" }}{%- endmacro -%}
+{%- if messages[0].role != "system" -%}{{ head("system") ~ llava_system ~ eos_token }}{%- endif -%}
+{%- for message in messages -%}
+{{ head(message.role) }}
+{%- if message.role == "assistant" -%}
+{%- generation -%}{{ text(message) ~ eos_token }}{%- endgeneration -%}
+{%- else -%}{{ text(message) ~ eos_token }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ head("assistant") }}{%- endif -%}"""
+_PHI_3 = r"""
+{%- if messages[0].role != "system" -%}
+{{ "<|system|>\nYou are a helpful AI assistant.<|end|>\n" }}
+{%- endif -%}
+{%- for message in messages -%}
+{{ "<|" ~ message.role ~ "|>\n" }}
+{%- if message.role == "assistant" -%}
+{%- generation -%}{{ text(message) ~ eos_token }}{%- endgeneration -%}{{ "\n" }}
+{%- else -%}{{ text(message) ~ eos_token ~ "\n" }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<|assistant|>\n" }}{%- endif -%}"""
+_GEMMA = r"""
+{%- for message in messages -%}
+{%- if message.role == "user" -%}
+{{ "<start_of_turn>user\n" }}
+{%- if loop.previtem and loop.previtem.role == "system" -%}
+{{ text(loop.previtem) ~ "\n\n" }}
+{%- endif -%}
+{{ text(message) ~ eos_token ~ "\n" }}
+{%- elif message.role == "assistant" -%}
+{{ "<start_of_turn>model\n" }}
+{%- generation -%}{{ text(message) ~ eos_token ~ "\n" }}{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<start_of_turn>model\n" }}{%- endif -%}"""
+_CHATML = r"""
+{%- for message in messages -%}
+{{ "<|im_start|>" ~ message.role ~ "\n" }}
+{%- if message.role == "assistant" -%}
+{%- generation -%}{{ text(message) ~ eos_token }}{%- endgeneration -%}{{ "\n" }}
+{%- else -%}{{ text(message) ~ eos_token ~ "\n" }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
+# The token whose presence in a vocabulary tells the format, the token that ends a turn (eos_token
+# in the template), the template. Vicuna's is for all other LLMs, with their own EOS.
+CHAT_FORMATS = [
+    ("<|start_header_id|>", "<|eot_id|>", _LLAMA_3),
+    ("<|assistant|>", "<|end|>", _PHI_3),
+    ("<start_of_turn>", "<end_of_turn>", _GEMMA),
+    ("<|im_start|>", "<|im_end|>", _CHATML),
+]
+
+
+def prepare_tokenizer(tokenizer):
+    """Make a tokenizer fit for training -> the id of <image>.
+
+    It gets <image> as one token, a pad token, and a chat template that marks answers, whose
+    end-of-turn token becomes EOS. A template of its own that marks answers is kept.
+    """
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    if not marks_answers(tokenizer):
+        vocabulary = tokenizer.get_vocab()
+        template = _VICUNA
+        for marker, end, its_template in CHAT_FORMATS:
+            if marker in vocabulary and end in vocabulary:
+                template = its_template
+                tokenizer.eos_token = end
+        system = f"{{%- set llava_system = {json.dumps(_LLAVA_SYSTEM)} -%}}"
+        tokenizer.chat_template = system + _MACROS + template
+    if tokenizer.pad_token is None:  # any token will do: masks are made from lengths
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+def marks_answers(tokenizer):
+    """Does the tokenizer's own chat template mark answers, and the EOS that ends them?"""
+    if not re.search(r"\{%-?\s*generation", tokenizer.chat_template or ""):
+        return False
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    encoded = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return (tokenizer.eos_token_id, 1) in zip(encoded["input_ids"], encoded["assistant_masks"])
+
+
+# ----------------------------------------------------------------------------- images
+
+
+def geometry(image, size, mode, mean, std):
+    """The one function that decides which pixels an encoder sees; labelling and training call it.
+
+    PIL image -> [3, size, size] float32, normalised with mean and std, three floats each.
+    square: shortest edge to `size`, bicubic, centre crop (CLIP, and LLaVA's stage 1).
+    squash: both edges to `size`, no crop (SigLIP).
+    pad: to a square with the mean colour, then to `size` (LLaVA's stage 2).
+    """
+    processor = image_processor(size, mode, tuple(mean), tuple(std))
+    return processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 @functools.cache
 def image_processor(size, mode, mean, std):
     """The transformers image processor that does `geometry`; exported models carry it."""
     common = dict(image_mean=mean, image_std=std, resample=Image.Resampling.BICUBIC)
+    square = {"height": size, "width": size}
     if mode == "square":
-        return CLIPImageProcessor(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **common
-        )
+        return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square, **common)
     if mode == "squash":
-        return SiglipImageProcessor(size={"height": size, "width": size}, **common)
+        return SiglipImageProcessor(size=square, **common)
     if mode == "pad":
         return LlavaImageProcessor(
-            do_pad=True,
-            size={"shortest_edge": size},
-            crop_size={"height": size, "width": size},
-            **common,
+            do_pad=True, size={"shortest_edge": size}, crop_size=square, **common
         )
     raise UserError(f"unknown image geometry {mode!r}: use square, squash or pad")
 
 
-def geometry(image, size, mode, mean, std):
-    """The one function that decides which pixels an encoder sees; labelling and training both call it.
-
-    PIL image -> [3, size, size] float32, normalised. square: shortest edge to `size`, bicubic, centre crop (CLIP,
-    LLaVA's stage 1). squash: both edges to `size`, no crop (SigLIP). pad: to a square with the mean colour, then to
-    `size` (LLaVA's stage 2). mean, std: three floats each, of the encoder.
-    """
-    processor = image_processor(size, mode, tuple(mean), tuple(std))
-    return processor(image, return_tensors="pt")["pixel_values"][0]
-
-
-def vision_geometry(vision):
-    """The geometry keywords of a transformers vision tower or Llava folder, from its preprocessor or processor config."""
+def vision_preprocess(name):
+    """The keywords of `geometry` for a vision tower or Llava model, from its processor's config."""
     try:
-        p = AutoImageProcessor.from_pretrained(vision)
+        processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as e:
         raise UserError(
-            f"{vision}: no image processor found ({str(e).splitlines()[0]}); a vision tower needs a "
+            f"{name}: no image processor found ({str(e).splitlines()[0]}); a vision tower needs a "
             "preprocessor_config.json"
         ) from e
-    square = "shortest_edge" in p.size
-    # PAPER: a resize edge larger than the crop (DINOv2's 256 for 224) would show another region than the labels saw
-    size = p.crop_size["height"] if square else p.size["height"]
-    mode = (
-        "pad"
-        if isinstance(p, LlavaImageProcessor) and p.do_pad
-        else "square"
-        if square
-        else "squash"
-    )
-    return dict(size=size, mode=mode, mean=tuple(p.image_mean), std=tuple(p.image_std))
-
-
-# ------------------------------------------------------------------------------------------------------ text
-
-
-_LLAVA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions."
-)
-# format -> the token whose presence in a vocabulary tells it; its end-of-turn token (None: the tokenizer's EOS); the
-# texts: [before, after] a system turn and a user turn, what prompts an answer, and where they are not as in _PLAIN ...
-CHATS = {
-    "llama-3": (
-        "<|start_header_id|>",
-        "<|eot_id|>",
-        dict(
-            system_turn=["<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"],
-            default=_LLAVA_SYSTEM,
-            user_turn=["<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"],
-            prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        ),
-    ),
-    "phi-3": (
-        "<|assistant|>",
-        "<|end|>",
-        dict(
-            system_turn=["<|system|>\n", "<|end|>\n"],
-            default="You are a helpful AI assistant.",
-            user_turn=["<|user|>\n", "<|end|>\n"],
-            prompt="<|assistant|>\n",
-            after="\n",
-        ),
-    ),
-    "gemma": (
-        "<start_of_turn>",
-        "<end_of_turn>",
-        dict(
-            system_turn=["", "\n\n"],
-            inside=True,
-            user_turn=["<start_of_turn>user\n", "<end_of_turn>\n"],
-            prompt="<start_of_turn>model\n",
-            tail="\n",
-        ),
-    ),
-    "chatml": (
-        "<|im_start|>",
-        "<|im_end|>",
-        dict(
-            system_turn=["<|im_start|>system\n", "<|im_end|>\n"],
-            user_turn=["<|im_start|>user\n", "<|im_end|>\n"],
-            prompt="<|im_start|>assistant\n",
-            after="\n",
-        ),
-    ),
-    "vicuna": (
-        None,
-        None,
-        dict(
-            system_turn=["", " "],
-            default=_LLAVA_SYSTEM,
-            user_turn=["USER: ", " "],
-            prompt="ASSISTANT:",
-            lead=" ",
-        ),
-    ),
-}
-# ... the system text of a conversation that brings none, whether it stands inside the first user turn, what is before
-# and after the answer with its end-of-turn token and trained like them, and what follows untrained
-_PLAIN = dict(default="", inside=False, lead="", tail="", after="")
-# content: a string, or a list of {"type": "image"} and {"type": "text", "text": ...}; BOS is left to the tokenizer
-_TEMPLATE = """{%- macro text(content) -%}
-{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}
-{{ "<image>\n" if part.type == "image" else part.text }}{%- endfor -%}{%- endif -%}{%- endmacro -%}
-{%- set given = messages[0].role == "system" -%}
-{%- set system = text(messages[0].content) | trim if given else default -%}
-{%- for message in messages -%}{%- if message.role == "user" -%}
-{%- set s = system_turn[0] ~ system ~ system_turn[1] if system and loop.index0 == given | int else "" -%}
-{{ user_turn[0] ~ s if inside else s ~ user_turn[0] }}{{ text(message.content) | trim }}{{ user_turn[1] }}
-{%- elif message.role == "assistant" -%}
-{{ prompt }}{%- generation -%}{{ lead ~ text(message.content) | trim ~ end ~ tail }}{%- endgeneration -%}{{ after }}
-{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ prompt }}{%- endif -%}"""
-
-
-def marks_answers(tokenizer):
-    """Does the tokenizer's own chat template mark answers and what ends them by {% generation %}?"""
-    if not re.search(r"\{%-?\s*generation", tokenizer.chat_template or ""):
-        return False
-    chat = tokenizer.apply_chat_template(
-        [dict(role="user", content="Q"), dict(role="assistant", content="A")],
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    return tokenizer.eos_token_id in [
-        i for i, mask in zip(chat["input_ids"], chat["assistant_masks"]) if mask
-    ]
-
-
-def prepare_tokenizer(tokenizer):
-    """Give it `<image>` as one token, a chat template that marks answers, a pad token; EOS becomes the end of a turn.
-
-    A template that already marks answers is kept; otherwise the vocabulary tells the format. The image token never
-    reaches the embedding layer in training: visual tokens take its place. -> its id
-    """
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    if not marks_answers(tokenizer):
-        vocabulary = tokenizer.get_vocab().keys() | {None}
-        end, texts = next(
-            (end, texts) for marker, end, texts in CHATS.values() if {marker, end} <= vocabulary
-        )
-        tokenizer.eos_token = end or tokenizer.eos_token
-        texts = _PLAIN | texts | dict(end=tokenizer.eos_token)
-        tokenizer.chat_template = (
-            "".join(f"{{%- set {k} = {json.dumps(v)} -%}}" for k, v in texts.items()) + _TEMPLATE
-        )
-    if tokenizer.pad_token is None:  # any token will do: masks are made from lengths
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-
-
-def chat_messages(sample):
-    """LLaVA's turns -> messages of a chat template. As in LLaVA the image comes first in its turn, here in the first
-    one if no turn names it, and an answer before the first question is dropped."""
-    roles = {"human": "user", "gpt": "assistant", "system": "system"}
-    turns = [
-        dict(role=roles[turn["from"]], content=turn["value"].strip())
-        for turn in sample["conversations"]
-    ]
-    first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
-    turns = [turn for i, turn in enumerate(turns) if i >= first or turn["role"] == "system"]
-    if image_of(sample):
-        marked = [turn for turn in turns if IMAGE_TOKEN in turn["content"]]
-        turn = (marked or [turn for turn in turns if turn["role"] == "user"])[0]
-        turn["content"] = (
-            f"{IMAGE_TOKEN}\n{turn['content'].replace(IMAGE_TOKEN, '').strip()}".strip()
-        )
-    return turns
-
-
-def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=False):
-    """-> ids [L] with the image token `image_tokens` times, labels [L] with IGNORE where nothing is trained.
-
-    Stage 1, LLaVA's `plain`: `<image>` + caption + newline; the human turn is discarded, caption and newline are
-    trained, there is no EOS. chat, stage 2: the tokenizer's chat template; answers and what ends them are trained.
-    What is too long is cut at the end, and before an image that would be cut in two.
-    """
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if chat:
-        messages = chat_messages(sample)
-        encoded = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-        start = _start(tokenizer)
-        ids, mask = start + encoded["input_ids"], [0] * len(start) + encoded["assistant_masks"]
-        answers, found = (
-            sum(m["role"] == "assistant" for m in messages),
-            sum(np.diff([0, *mask]) > 0),
-        )
-        if found != answers:
-            raise UserError(
-                f"sample {sample.get('id')}: the chat template marks {found} of {answers} answers; its "
-                "{% generation %} must enclose each of them"
-            )
+    if "shortest_edge" not in processor.size:
+        mode = "squash"
+        size = processor.size["height"]
     else:
-        ids = tokenizer(IMAGE_TOKEN + sample["conversations"][1]["value"] + "\n")["input_ids"]
-        at = ids.index(image)
-        mask = [0] * (at + 1) + [1] * (len(ids) - at - 1)
-    if image in ids:
-        at = ids.index(image)
-        if image_tokens + (0 if chat else at) >= max_length:
-            raise UserError(
-                f"max_length {max_length} leaves no room for text beside {image_tokens} image tokens"
-            )
-        ids = ids[:at] + [image] * image_tokens + ids[at + 1 :]
-        mask = mask[:at] + [0] * image_tokens + mask[at + 1 :]
-        max_length = at if at < max_length < at + image_tokens else max_length
-    ids, mask = torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length])
-    return ids, ids.masked_fill(mask == 0, IGNORE)
+        # PAPER: the edge is resized to the crop's size, even where a processor resizes to a larger
+        # one (DINOv2: 256 for 224): training must see the region that was labelled.
+        size = processor.crop_size["height"]
+        pads = isinstance(processor, LlavaImageProcessor) and processor.do_pad
+        mode = "pad" if pads else "square"
+    mean, std = processor.image_mean, processor.image_std
+    return dict(size=size, mode=mode, mean=tuple(mean), std=tuple(std))
 
 
-def _start(tokenizer):
-    return [
-        i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id
-    ]  # for those that want one
+def read_image(file):
+    """-> (RGB image, CRC-32 of the file's bytes); a UserError names a missing or broken file."""
+    try:
+        content = Path(file).read_bytes()
+    except OSError as e:
+        raise UserError(
+            f"{file}: cannot read the image ({e.strerror}); check --image_folder"
+        ) from e
+    try:
+        return Image.open(io.BytesIO(content)).convert("RGB"), zlib.crc32(content)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise UserError(
+            f"{file}: not a readable image ({e}); replace the file or remove its sample"
+        ) from e
 
 
-def encode_prompt(sample, tokenizer, image_tokens):
-    """A chat whose last turn is the user's -> ids [L] that the model is to continue with its answer, as it was trained
-    by encode_conversation."""
-    chat = tokenizer.apply_chat_template(
-        chat_messages(sample), return_dict=True, add_generation_prompt=True
-    )
-    ids, image = _start(tokenizer) + chat["input_ids"], tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    return torch.tensor([i for t in ids for i in ([t] * image_tokens if t == image else [t])])
-
-
-def word_tokens(words, tokenizer):
-    """The LLM's tokens of each word as it stands inside a sentence, with its leading space -> (ids, offsets).
-
-    ids [sum of M] int64, offsets [q + 1] int64: word j is ids[offsets[j]:offsets[j + 1]]. Encoding " dog" alone
-    would give some SentencePiece tokenizers a second space; the words are encoded behind another one instead.
-    """
-    before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    rows = tokenizer([f"a {w}" for w in words], add_special_tokens=False)["input_ids"]
-    for word, row in zip(words, rows):
-        if row[: len(before)] != before or len(row) == len(before):
-            raise UserError(
-                f"the LLM's tokenizer has no tokens for the word {word!r} alone; remove it from the list"
-            )
-    rows = [row[len(before) :] for row in rows]
-    offsets = np.cumsum([0, *map(len, rows)])
-    return torch.tensor(list(itertools.chain.from_iterable(rows))), torch.from_numpy(offsets)
-
-
-# --------------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------- batches
 
 
 class LlavaDataset(Dataset):
-    """Samples -> tensors. labels: a LabelStore of the same samples (row i is sample i), or None without SEA. chat: as
-    of encode_conversation, or "prompt": of encode_prompt, without targets. An item without image, or whose image fell
-    to max_length, has no "pixels"."""
+    """Samples -> tensors.
+
+    preprocess: the keywords of `geometry`. text: "caption" (stage 1), "chat" (stage 2), or "prompt"
+    for a chat to be answered, without targets. label_store: a LabelStore of the same samples, its
+    row i for sample i. An item has no "pixels" if its sample has no image, or if max_length has cut
+    the image off.
+    """
 
     def __init__(
         self,
         samples,
         image_folder,
-        geometry,
+        preprocess,
         tokenizer,
         image_tokens,
         max_length=2048,
-        labels=None,
-        chat=False,
+        label_store=None,
+        text="caption",
     ):
         if not Path(image_folder).is_dir():
             raise UserError(f"{image_folder}: no such image folder (--image_folder)")
-        self.samples, self.image_folder, self.geometry = samples, Path(image_folder), geometry
-        self.tokenizer, self.image_tokens, self.max_length = tokenizer, image_tokens, max_length
-        self.labels, self.chat = labels, chat
+        self.samples = samples
+        self.image_folder = Path(image_folder)
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.image_tokens = image_tokens
+        self.max_length = max_length
+        self.label_store = label_store
+        self.text = text
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
         sample = self.samples[i]
-        if self.chat == "prompt":
+        if self.text == "prompt":
             ids = encode_prompt(sample, self.tokenizer, self.image_tokens)
             targets = torch.full_like(ids, IGNORE)
         else:
+            is_chat = self.text == "chat"
             ids, targets = encode_conversation(
-                sample, self.tokenizer, self.image_tokens, self.max_length, self.chat
+                sample, self.tokenizer, self.image_tokens, self.max_length, is_chat
             )
-        item = dict(index=i, input_ids=ids, labels=targets)
-        if (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).any():
-            path = self.image_folder / image_of(sample)
-            image, crc = read_image(path)
-            item["pixels"] = geometry(image, **self.geometry)
-        if self.labels is not None:
-            if self.labels.record(i)["crc"] != crc:
+        item = {"index": i, "input_ids": ids, "targets": targets}
+        if self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in ids:
+            file = self.image_folder / image_of(sample)
+            image, crc = read_image(file)
+            item["pixels"] = geometry(image, **self.preprocess)
+        if self.label_store is not None:
+            if self.label_store.record(i)["crc"] != crc:
                 raise UserError(
-                    f"{path}: the file has changed since it was labelled; run labels.py extract again "
-                    f"into another folder than {self.labels.folder}"
+                    f"{file}: the file has changed since it was labelled; run labels.py extract "
+                    f"again into another folder than {self.label_store.folder}"
                 )
-            item["label_ids"], item["label_scores"] = self.labels[i]
+            item["label_ids"], item["label_scores"] = self.label_store[i]
         return item
 
 
 def collate(items, pad_id, side="right"):
-    """-> index (list of B), input_ids, labels, attention_mask [B, L] (padded at `side`), pixels [images, 3, S, S] and,
-    with SEA, label_ids and label_scores [B, m, n]. The mask comes from lengths: pad and EOS may be the same token."""
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    """Items of LlavaDataset -> a batch, sequences padded at `side`.
+
+    index (list of B), input_ids, targets and attention_mask [B, L], pixels [images, 3, S, S] and,
+    with labels, label_ids and label_scores [B, m, n].
+    """
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
     ids = [item["input_ids"] for item in items]
-    images = [item["pixels"] for item in items if "pixels" in item]
-    batch = dict(
-        index=[item["index"] for item in items],
-        input_ids=pad(ids, padding_value=pad_id),
-        labels=pad([item["labels"] for item in items], padding_value=IGNORE),
-        attention_mask=pad([torch.ones_like(x) for x in ids], padding_value=0),
-        pixels=torch.stack(images) if images else torch.zeros(0, 3, 0, 0),
-    )
+    pixels = [item["pixels"] for item in items if "pixels" in item]
+    batch = {
+        "index": [item["index"] for item in items],
+        "input_ids": pad(ids, padding_value=pad_id),
+        "targets": pad([item["targets"] for item in items], padding_value=IGNORE),
+        # from lengths: the pad token may be EOS, which is trained
+        "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
+        "pixels": torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0),
+    }
     for key in ("label_ids", "label_scores"):
         if key in items[0]:
             batch[key] = torch.stack([item[key] for item in items])
     return batch
+
+
+# ----------------------------------------------------------------------------- order
+
+
+def micro_batches(
+    n, batch_size, grad_accum, steps, seed=0, first_step=0, rank=0, ranks=1, lengths=None
+):
+    """Yield this rank's micro-batches: grad_accum lists of sample indices for each step.
+
+    The samples of a step depend only on (seed, step) and the global batch. The step's micro-batch
+    number a * ranks + rank is the a-th of this rank, so ranks and accumulation are interchangeable.
+    Epochs follow one another without a gap: the last batch of one is filled up from the next.
+    lengths: of sample_lengths, to use grouped_order; otherwise each epoch is a random permutation.
+    """
+
+    @functools.lru_cache(maxsize=2)
+    def epoch_order(epoch):
+        if lengths is not None:
+            return grouped_order(lengths, batch_size, grad_accum * ranks, seed, epoch)
+        return np.random.default_rng([seed, epoch]).permutation(n)
+
+    for step in range(first_step, steps):
+        for a in range(grad_accum):
+            number = (step * grad_accum + a) * ranks + rank
+            places = range(number * batch_size, (number + 1) * batch_size)
+            yield [int(epoch_order(place // n)[place % n]) for place in places]
+
+
+def grouped_order(lengths, batch_size, micro_batches_per_step, seed, epoch):
+    """LLaVA's order for stage 2: the samples of a step are of one kind, with image or text only.
+
+    Within a step they are dealt out so that its micro-batches are about equally long. What does not
+    fill a step of its own kind comes last, mixed. lengths as of sample_lengths -> a permutation.
+    Made for recipes of one epoch: in a second one, steps begin inside the groups.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    step_size = batch_size * micro_batches_per_step
+    steps = []
+    rest = []
+    for of_kind in (lengths > 0, lengths < 0):
+        index = rng.permutation(np.flatnonzero(of_kind))
+        whole_steps = len(index) // step_size
+        steps.extend(index[: whole_steps * step_size].reshape(-1, step_size))
+        rest.append(index[whole_steps * step_size :])
+
+    order = []
+    for step in rng.permutation(len(steps)):
+        by_length = steps[step][np.argsort(-abs(lengths[steps[step]]), kind="stable")]
+        # One sample to each micro-batch, row after row. Every second row runs backwards, so that no
+        # micro-batch gets the longest of every row.
+        rows = by_length.reshape(batch_size, micro_batches_per_step)
+        rows[1::2] = rows[1::2, ::-1]
+        order.append(rows.T.ravel())
+    return np.concatenate([*order, *rest]).astype(np.int64)
+
+
+# ----------------------------------------------------------------------------- command lines
+
+
+def cli(main):
+    """Run a command line. What the user can mend ends it with one line instead of a traceback."""
+    try:
+        main()
+    except UserError as e:  # from a DataLoader worker it comes wrapped in the worker's traceback
+        sys.exit("error: " + str(e).rsplit("UserError: ", 1)[-1].strip())
+    except ModuleNotFoundError as e:
+        packages = {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
+        name = (e.name or "").split(".")[0]
+        sys.exit(f"error: this needs {name}: pip install {packages.get(name, name)}")
+
+
+def run_command(doc, functions, argv=None):
+    """Call the function that argv names. functions {subcommand: function}; parameters are flags."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function in functions.items():
+        text = inspect.getdoc(function)
+        command = commands.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        add_flags(command, inspect.signature(function), {})
+    args = vars(parser.parse_args(argv))
+    return functions[args.pop("command")](**args)
+
+
+def add_flags(parser, signature, help):
+    """Add a flag to an argparse parser for each parameter: its name, annotated type and default.
+
+    help {parameter: text}.
+    """
+    for name, parameter in signature.parameters.items():
+        is_required = parameter.default is parameter.empty
+        kwargs = dict(
+            required=is_required,
+            default=None if is_required else parameter.default,
+            help=help.get(name, "default: %(default)s"),
+        )
+        choices = typing.get_args(parameter.annotation)  # of a Literal
+        if parameter.annotation is bool:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **kwargs)
+        elif choices:
+            parser.add_argument(f"--{name}", type=type(choices[0]), choices=choices, **kwargs)
+        else:
+            parser.add_argument(f"--{name}", type=parameter.annotation, **kwargs)

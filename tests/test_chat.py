@@ -180,7 +180,7 @@ def test_training_feeds_what_the_exported_processor_builds(
         at = 2 * (place % len(turns))
         texts[at] = texts[at] + "\n<image>" if place % 2 else "<image>\n" + texts[at]
     sample = conversation(*texts, image="a.png" if image else None, system=system)
-    data._check(sample, captions=False, where="here")
+    data.check_sample(sample, captions=False, where="here")
     ids, labels = encode_conversation(sample, tokenizer, 4, chat=True)
     rng = np.random.default_rng(seed)
     picture = Image.fromarray(rng.integers(0, 256, (*rng.integers(5, 60, 2), 3), dtype=np.uint8))
@@ -338,7 +338,7 @@ def test_text_only_and_image_samples_in_one_batch(tokenizers, tmp_path):
         conversation("<image>\nQ1", "A1"),
         conversation("Q", "A", image=""),
     ]
-    dataset = data.LlavaDataset(samples, tmp_path, GEOMETRY, tokenizer, 4, chat=True)
+    dataset = data.LlavaDataset(samples, tmp_path, GEOMETRY, tokenizer, 4, text="chat")
     batch = data.collate([dataset[i] for i in range(3)], tokenizer.pad_token_id)
     images = (batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")).sum(1)
     assert batch["pixels"].shape == (1, 3, 28, 28) and images.tolist() == [0, 4, 0]
@@ -348,7 +348,7 @@ def test_text_only_and_image_samples_in_one_batch(tokenizers, tmp_path):
     assert (
         tokenizer.pad_token_id == tokenizer.eos_token_id
     )  # and still every end token is seen and trained:
-    assert [(row == tokenizer.eos_token_id).sum() for row in batch["labels"]] == [1, 1, 1]
+    assert [(row == tokenizer.eos_token_id).sum() for row in batch["targets"]] == [1, 1, 1]
     assert data.collate([dataset[0]], 0)["pixels"].shape[0] == 0
 
 

@@ -166,10 +166,8 @@ def test_stage_1_refuses_what_is_no_caption(tmp_path, turns, message):
 
 def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
     words = ["red", "unheard-of", "wall", "x"]
-    ids, offsets = data.word_tokens(words, tokenizer)
-    assert offsets[0] == 0 and offsets[-1] == len(ids)
-    for j, word in enumerate(words):
-        assert tokenizer.decode(ids[offsets[j] : offsets[j + 1]]) == f" {word}"
+    rows = data.word_tokens(words, tokenizer)
+    assert [tokenizer.decode(ids) for ids in rows] == [f" {word}" for word in words]
     with pytest.raises(UserError, match="''"):
         data.word_tokens(
             ["red", ""],
@@ -193,7 +191,7 @@ def test_collate_pads_right_and_masks_by_length(tokenizer):
         dict(
             index=i,
             input_ids=torch.full((n,), tokenizer.pad_token_id),
-            labels=torch.arange(n),
+            targets=torch.arange(n),
             pixels=torch.zeros(3, 4, 4),
         )
         for i, n in enumerate((3, 5))
@@ -203,7 +201,7 @@ def test_collate_pads_right_and_masks_by_length(tokenizer):
         [1, 1, 1, 0, 0],
         [1] * 5,
     ]  # although every id is the pad token
-    assert batch["labels"].tolist() == [[0, 1, 2, IGNORE, IGNORE], [0, 1, 2, 3, 4]] and batch[
+    assert batch["targets"].tolist() == [[0, 1, 2, IGNORE, IGNORE], [0, 1, 2, 3, 4]] and batch[
         "index"
     ] == [0, 1]
 
@@ -221,7 +219,7 @@ def test_micro_batches_of_ranks_accumulation_and_resuming_are_the_same_samples()
         n, batch, accum, steps = rng.randint(5, 40), rng.randint(1, 4), rng.randint(1, 3), 6
         one = list(micro_batches(n, batch, 2 * accum, steps, seed=3))
         ranks = [
-            list(micro_batches(n, batch, accum, steps, seed=3, rank=r, world=2)) for r in range(2)
+            list(micro_batches(n, batch, accum, steps, seed=3, rank=r, ranks=2)) for r in range(2)
         ]
         assert one == [b for pair in zip(*ranks) for b in pair]
         whole = [i for b in micro_batches(n, batch * 2 * accum, 1, steps, seed=3) for i in b]
@@ -235,10 +233,10 @@ def test_micro_batches_of_ranks_accumulation_and_resuming_are_the_same_samples()
 def test_labels_of_other_pixels_are_refused(world, labels, tokenizer, samples, tmp_path):
     from labels import LabelStore
 
-    geo = data.vision_geometry(str(world / "vision"))
+    geo = data.vision_preprocess(str(world / "vision"))
     for s in samples:
         (tmp_path / s["image"]).write_bytes((world / "images" / s["image"]).read_bytes())
-    dataset = LlavaDataset(samples, tmp_path, geo, tokenizer, 25, labels=LabelStore(labels))
+    dataset = LlavaDataset(samples, tmp_path, geo, tokenizer, 25, label_store=LabelStore(labels))
     assert dataset[3]["label_ids"].shape == (25, 3)
     Image.new("RGB", (40, 40), "red").save(tmp_path / samples[3]["image"])
     with pytest.raises(UserError, match=f"{samples[3]['image']}: the file has changed"):
@@ -271,7 +269,7 @@ def test_grouped_order_keeps_kinds_and_lengths_together():
 def test_micro_batches_with_lengths_follow_the_grouped_order():
     lengths = np.array([3, -1, 4, -1, 5, 9, 2, -6, 5, 3])
     ranks = [
-        list(micro_batches(10, 2, 1, 4, 7, rank=r, world=2, lengths=lengths)) for r in range(2)
+        list(micro_batches(10, 2, 1, 4, 7, rank=r, ranks=2, lengths=lengths)) for r in range(2)
     ]
     flat = [i for step in zip(*ranks) for batch in step for i in batch]
     assert flat == [

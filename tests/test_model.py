@@ -1,12 +1,21 @@
-import copy
+"""model.py against every row by hand, transformers' own classes and step-by-step decoding."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
     Dinov2Config,
     Dinov2Model,
+    Gemma2Config,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GraniteConfig,
+    OPTConfig,
+    PhiConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -14,13 +23,22 @@ from transformers import (
 import data
 from data import IGNORE, LlavaDataset, UserError, collate
 from labels import LabelStore
-from model import SEAModel
+from model import (
+    SEAModel,
+    adapter_state,
+    assemble,
+    load_model,
+    load_vision,
+    new_model,
+    refuse_llm,
+    save_adapter,
+)
 
 
 @pytest.fixture(scope="module")
 def model(world, labels):
     torch.manual_seed(0)
-    model = SEAModel.from_parts(world / "vision", world / "llm")
+    model = new_model(world / "vision", world / "llm")
     model.set_words(LabelStore(labels).words)
     return model
 
@@ -30,46 +48,45 @@ def batch(world, labels, model):
     dataset = LlavaDataset(
         data.load_samples(world / "train.json"),
         world / "images",
-        model.geometry,
+        model.preprocess,
         model.tokenizer,
         model.image_tokens,
-        labels=LabelStore(labels),
+        label_store=LabelStore(labels),
     )
     batch = collate([dataset[i] for i in range(4)], model.tokenizer.pad_token_id)
     batch.pop("index")
     return batch
 
 
-def by_hand(model, batch, b):
-    """Row b alone: every piece called by itself, the embeddings spliced by position, logits at all positions."""
+@pytest.fixture(scope="module")
+def llm(world):
+    """The LLM alone, by transformers."""
+    return AutoModelForCausalLM.from_pretrained(world / "llm")
+
+
+def by_hand(model, llm, batch, b):
+    """Row b alone: all pieces by themselves, embeddings spliced by position, logits everywhere."""
     n = int(batch["attention_mask"][b].sum())
     ids = batch["input_ids"][b, :n]
-    features = model.vision(batch["pixels"][b : b + 1], output_hidden_states=True).hidden_states[
-        -2
-    ][0, 1:]
-    x_v = model.adapter(features)
-    x, j = [], 0
+    hidden = model.vision_tower(batch["pixels"][b : b + 1], output_hidden_states=True).hidden_states
+    x_v = model.adapter(hidden[-2][0, 1:])
+    x = []
     for token in ids.tolist():
         if token == model.image_token_id:
-            x.append(x_v[j])
-            j += 1
+            x.append(x_v[len([i for i in ids[: len(x)] if i == model.image_token_id])])
         else:
-            x.append(model.llm.get_input_embeddings().weight[token])
-    assert j == len(x_v)
-    logits = model.llm(inputs_embeds=torch.stack(x)[None]).logits[0]
-    targets = batch["labels"][b, 1:n]
-    return (
-        x_v,
-        F.cross_entropy(logits[:-1].double(), targets, ignore_index=IGNORE, reduction="sum"),
-        targets,
-    )
+            x.append(llm.get_input_embeddings().weight[token])
+    logits = llm(inputs_embeds=torch.stack(x)[None]).logits[0]
+    targets = batch["targets"][b, 1:n]
+    loss = F.cross_entropy(logits[:-1].double(), targets, ignore_index=IGNORE, reduction="sum")
+    return loss, targets
 
 
-def test_losses_equal_those_of_every_row_by_hand(model, batch):
+def test_losses_equal_those_of_every_row_by_hand(model, llm, batch):
     out = model(**{k: v for k, v in batch.items() if not k.startswith("label_")})
-    rows = [by_hand(model, batch, b) for b in range(4)]
-    tokens = sum(int((t != IGNORE).sum()) for _, _, t in rows)
-    reference = sum(loss for _, loss, _ in rows) / tokens
+    rows = [by_hand(model, llm, batch, b) for b in range(4)]
+    tokens = sum(int((t != IGNORE).sum()) for _, t in rows)
+    reference = sum(loss for loss, _ in rows) / tokens
     assert torch.allclose(out["loss_g"].double(), reference, rtol=1e-5) and "loss_a" not in out
     model.zero_grad()
     out["loss_g"].backward()
@@ -78,12 +95,15 @@ def test_losses_equal_those_of_every_row_by_hand(model, batch):
     reference.backward()
     for ours, p in zip(grads, model.adapter.parameters()):
         assert torch.allclose(ours, p.grad, rtol=1e-3, atol=1e-6)
-    assert all(p.grad is None for p in [*model.vision.parameters(), *model.llm.parameters()])
+    assert all(
+        p.grad is None
+        for p in [*model.vision_tower.parameters(), *model.llava.model.language_model.parameters()]
+    )
 
 
 def test_num_targets_is_what_the_sum_is_divided_by(model, batch):
     plain = {k: v for k, v in batch.items() if not k.startswith("label_")}
-    tokens = int((batch["labels"][:, 1:] != IGNORE).sum())
+    tokens = int((batch["targets"][:, 1:] != IGNORE).sum())
     assert torch.allclose(
         model(**plain)["loss_g"] * tokens, model(**plain, num_targets=5)["loss_g"] * 5, rtol=1e-5
     )
@@ -91,21 +111,17 @@ def test_num_targets_is_what_the_sum_is_divided_by(model, batch):
 
 def test_a_batch_without_trained_tokens_has_loss_0_and_a_graph(model, batch):
     plain = {k: v for k, v in batch.items() if not k.startswith("label_")}
-    loss = model(**plain | {"labels": torch.full_like(batch["labels"], IGNORE)})["loss_g"]
+    loss = model(**plain | {"targets": torch.full_like(batch["targets"], IGNORE)})["loss_g"]
     loss.backward()
     assert loss == 0
 
 
-def test_word_vectors_are_means_of_embeddings(model):
-    ids, offsets = model.words
-    vectors = model.word_vectors(torch.tensor([8, 0, 8]))
-    for vector, j in zip(vectors, (8, 0, 8)):
-        rows = [
-            model.llm.get_input_embeddings().weight[t]
-            for t in ids[offsets[j] : offsets[j + 1]].tolist()
-        ]
-        assert torch.allclose(vector, sum(rows) / len(rows))
-    assert model.word_vectors(torch.empty(0, dtype=torch.int64)).shape == (0, 24)
+def test_word_features_are_means_of_embeddings(model, llm):
+    features = model.word_features(torch.tensor([8, 0, 8]))
+    for feature, j in zip(features, (8, 0, 8)):
+        rows = [llm.get_input_embeddings().weight[t] for t in model.word_token_ids[j]]
+        assert torch.allclose(feature, sum(rows) / len(rows))
+    assert model.word_features(torch.empty(0, dtype=torch.int64)).shape == (0, 24)
 
 
 def test_alignment_loss_reaches_the_adapter_and_the_temperature(model, batch):
@@ -116,48 +132,57 @@ def test_alignment_loss_reaches_the_adapter_and_the_temperature(model, batch):
     assert all(p.grad.abs().sum() > 0 for p in model.adapter.parameters())
 
 
-def test_generate_is_greedy_decoding_step_by_step(model, batch):
-    ids, n = batch["input_ids"][:2, :26], 5
-    new = model.generate(
-        ids, torch.ones_like(ids), batch["pixels"][:2], max_new_tokens=n, min_new_tokens=n
-    )
+def prompt(batch, rows, padding=0, pad_id=0):
+    """The start of some rows, the image and one word, as a batch padded on the left."""
+    ids = F.pad(batch["input_ids"][:rows, :27], (padding, 0), value=pad_id)
+    mask = F.pad(torch.ones(rows, 27, dtype=torch.int64), (padding, 0))
+    return {"input_ids": ids, "attention_mask": mask, "pixels": batch["pixels"][:rows]}
+
+
+def test_generate_is_greedy_decoding_step_by_step(model, llm, batch):
+    new = model.generate(prompt(batch, 2), max_new_tokens=5, min_new_tokens=5)
+    ids = batch["input_ids"][:2, :27]
     with torch.no_grad():
-        x = model.embed(ids, model.encode_image(batch["pixels"][:2]))
-        for step in range(n):
-            logits = model.llm(inputs_embeds=x).logits[:, -1]
+        x = llm.get_input_embeddings()(ids.masked_fill(ids == model.image_token_id, 0))
+        x[:, 1:26] = model.visual_tokens(batch["pixels"][:2])
+        for step in range(5):
+            logits = llm(inputs_embeds=x).logits[:, -1]
             logits[:, model.tokenizer.eos_token_id] = -torch.inf
             token = logits.argmax(-1)
             assert torch.equal(token, new[:, step])
-            x = torch.cat([x, model.embed_tokens(token)[:, None]], 1)
+            x = torch.cat([x, llm.get_input_embeddings()(token)[:, None]], 1)
 
 
 def test_left_padded_prompts_generate_as_alone(model, batch):
-    ids = batch["input_ids"][:1, :26]
-    alone = model.generate(
-        ids, torch.ones_like(ids), batch["pixels"][:1], max_new_tokens=4, min_new_tokens=4
-    )
-    padded = F.pad(ids, (3, 0), value=model.tokenizer.pad_token_id)
-    mask = F.pad(torch.ones_like(ids), (3, 0))
-    assert torch.equal(
-        alone, model.generate(padded, mask, batch["pixels"][:1], max_new_tokens=4, min_new_tokens=4)
-    )
+    lengths = dict(max_new_tokens=4, min_new_tokens=4)
+    alone = model.generate(prompt(batch, 1), **lengths)
+    padded = model.generate(prompt(batch, 1, 3, model.tokenizer.pad_token_id), **lengths)
+    assert torch.equal(alone, padded)
 
 
 def test_adapter_file_round_trip_and_refusals(model, tmp_path, world):
-    model.save_adapter(tmp_path)
-    loaded = SEAModel.from_run(tmp_path)
-    for (name, a), b in zip(model.trained_state().items(), loaded.trained_state().values()):
+    save_adapter(tmp_path, adapter_state(model), model.parts)
+    loaded = load_model(tmp_path)
+    for (name, a), b in zip(adapter_state(model).items(), adapter_state(loaded).values()):
         assert torch.equal(a, b), name
     whole = (tmp_path / "adapter.safetensors").read_bytes()
     (tmp_path / "adapter.safetensors").write_bytes(whole[:-40])
-    with pytest.raises(UserError, match="truncated or corrupt"):
-        SEAModel.from_run(tmp_path)
+    with pytest.raises(UserError, match="truncated, corrupt"):
+        load_model(tmp_path)
+    state = adapter_state(model)
+    for other in (
+        state | {"adapter.linear_1.weight": torch.zeros(24, 31)},
+        {name: w for name, w in state.items() if name != "log_scale"},
+    ):
+        save_adapter(tmp_path, other, model.parts)
+        with pytest.raises(UserError, match="not of this vision tower and LLM"):
+            load_model(tmp_path)
     with pytest.raises(UserError, match="no adapter.safetensors"):
-        SEAModel.from_run(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="--llm|cannot be loaded"):
-        SEAModel.from_parts(world / "vision", world / "nothing-here")
+        load_model(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        new_model(world / "vision", world / "nothing-here")
     with pytest.raises(UserError, match="not a vision tower"):
-        SEAModel.from_parts(world / "llm", world / "llm")
+        new_model(world / "llm", world / "llm")
 
 
 @pytest.mark.parametrize("kind", ["siglip", "dinov2"])
@@ -177,46 +202,55 @@ def test_other_towers_give_all_patches_and_no_class_token(kind, model, world):
         if kind == "siglip"
         else Dinov2Model(Dinov2Config(**config))
     )
-    other = SEAModel(
-        tower,
-        copy.deepcopy(model.llm),
-        AutoTokenizer.from_pretrained(world / "llm"),
-        model.geometry,
-        {},
-    )
+    llm = AutoModelForCausalLM.from_pretrained(world / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(world / "llm")
+    llava = assemble(tower, llm, tokenizer, 30)
+    other = SEAModel(llava, tokenizer, model.preprocess, {})
     pixels = torch.rand(2, 3, 30, 30)
     hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
     features = hidden if kind == "siglip" else hidden[:, 1:]
     assert features.shape[1] == 25 and torch.allclose(
-        other.encode_image(pixels), other.adapter(features)
+        other.visual_tokens(pixels), other.adapter(features)
     )
+
+
+SMALL = dict(
+    vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+)
 
 
 def test_gemma_scales_inside_its_embedding_and_so_does_the_adapter(world):
-    from transformers import GemmaConfig, GemmaForCausalLM
-
-    llm = GemmaForCausalLM(
-        GemmaConfig(
-            vocab_size=400,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )
-    )
-    vision = SEAModel.from_parts(world / "vision", world / "llm").vision
-    model = SEAModel(
-        vision,
-        llm,
-        AutoTokenizer.from_pretrained(world / "llm"),
-        data.vision_geometry(str(world / "vision")),
-        {},
-    )
+    llm = GemmaForCausalLM(GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8))
+    tokenizer = AutoTokenizer.from_pretrained(world / "llm")
+    llava = assemble(load_vision(world / "vision", torch.float32), llm, tokenizer, 30)
+    model = SEAModel(llava, tokenizer, data.vision_preprocess(str(world / "vision")), {})
     assert model.adapter.output_scale == 4  # √16
     model.set_words(["red"])
-    ids = model.words[0]
-    assert torch.allclose(
-        model.word_vectors(torch.tensor([0]))[0], 4 * llm.get_input_embeddings().weight[ids].mean(0)
-    )
+    rows = llm.get_input_embeddings().weight[model.word_token_ids[0]]
+    feature = model.word_features(torch.tensor([0]))[0]
+    assert torch.allclose(feature, 4 * rows.mean(0))
+    seen = llm.get_input_embeddings()(torch.tensor(model.word_token_ids[0]))
+    assert torch.allclose(feature, seen.mean(0))
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8), "final_logit_softcapping"),
+        (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling"),
+        (CohereConfig(**SMALL), "logit_scale"),
+        (GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2), "not a decoder with"),
+        (OPTConfig(vocab_size=400, hidden_size=16, ffn_dim=32, num_hidden_layers=1,
+                   num_attention_heads=2, word_embed_proj_dim=16), "not a decoder with"),
+        (PhiConfig(**SMALL), "its LM head has a bias"),
+    ],
+)  # fmt: skip
+def test_an_llm_that_llava_would_compute_otherwise_is_refused(config, reason):
+    llm = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=f"{type(llm).__name__} does not fit .*: .*{reason}") as e:
+        refuse_llm(llm)
+    assert "\n" not in str(e.value)
+
+
+def test_an_llm_whose_settings_change_nothing_is_taken():
+    refuse_llm(AutoModelForCausalLM.from_config(GraniteConfig(**SMALL, logits_scaling=1.0)))
