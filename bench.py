@@ -1,11 +1,12 @@
-"""What a run will cost, before it (train.py --dry_run): parameters, steps, memory, disk. What labels cost, measured.
+"""What a run will cost (train.py --dry_run), and how fast the labels are found.
 
-    python train.py --stage pretrain --world_size 8 --dry_run             the paper's run, planned on any computer
+    python train.py --stage pretrain --world_size 8 --dry_run      the paper's run, on any computer
     python train.py --stage finetune --world_size 8 --fsdp --dry_run
-    python bench.py words                                                 labels.nearest_words against its limits
+    python bench.py words                                labels.nearest_words against its limits
 
-The model is built on the meta device: config, tokenizer and preprocessor files are read, weights are not, and nothing
-is written. Counts are exact. Memory is an estimate by the formulas below, for bf16 on GPUs unless --dtype float32.
+For a plan the model is built on the meta device: config, tokenizer and preprocessor files are read,
+weights are not, and nothing is written. Counts are exact. Memory is estimated by the formulas
+below, for bf16 on GPUs unless --dtype float32.
 """
 
 import dataclasses
@@ -20,242 +21,260 @@ import torch.nn.functional as F
 
 from data import UserError, cli, load_samples, run_command
 from labels import nearest_words
-from model import SEAModel, find_model, part_names
+from model import find_model, new_model, part_names
 
-# Samples of the files that the recipes name, for a plan before the download; those of Cambrian-1 are approximate.
+# Samples in the files that the recipes name, for a plan before the download; Cambrian-1's are
+# approximate.
 SAMPLES = {
     "blip_laion_cc_sbu_558k.json": 558_128,
     "llava_v1_5_mix665k.json": 665_298,
     "alignment_2.5m.jsonl": 2_500_000,
     "Cambrian7M_withsystemprompt.jsonl": 7_070_000,
 }
-TEXT = {
-    "pretrain": (64, 1.0),
-    "finetune": (512, 0.5),
-}  # text positions of a typical sample, the share that is trained
+TEXT_LENGTH = {"pretrain": 64, "finetune": 512}  # text positions of a typical sample
+TRAINED_SHARE = {"pretrain": 1.0, "finetune": 0.5}  # of them
 LABELS = 10  # per patch, the default of labels.py extract
+GIB = 2**30
+
+# ----------------------------------------------------------------------------- the plan
 
 
-def find_parts(cfg, stage_1):
-    """-> names of vision tower and LLM, and where they are from. Stage 2 has those of --vision and --llm, else of the
-    run in --init, or, while that folder does not exist, of stage_1, the config of its first stage."""
-    if cfg.stage == "pretrain" or cfg.vision and cfg.llm:
+def plan(cfg, ranks, pretrain_cfg):
+    """Print what a run of this config on `ranks` GPUs needs.
+
+    pretrain_cfg: the config of the first stage, for a stage 2 whose --init does not exist yet.
+    Returns the printed figures; those of memory and disk are in bytes.
+    """
+    vision, llm, origin = find_parts(cfg, pretrain_cfg)
+    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    is_pretrain = cfg.stage == "pretrain"
+    model = new_model(vision, llm, dtype if is_pretrain else torch.float32, cfg.tau, meta=True)
+    ranks_per_node = min(ranks, 8)
+    loading = ranks_per_node * sum(p.nbytes for p in model.parameters())  # each holds all of it
+    model.log_scale.requires_grad_(cfg.sea_weight > 0)
+    if not is_pretrain:
+        model.train_llm(cfg.tune_vision, dtype)
+
+    params = count_parameters(model)
+    run = plan_steps(cfg, ranks, model.image_tokens)
+    gpu = {}
+    typical = min(cfg.max_length, model.image_tokens + TEXT_LENGTH[cfg.stage])
+    for length in (typical, cfg.max_length):
+        for checkpoint in (True, False):
+            gpu[length, checkpoint] = gpu_memory(cfg, model, ranks, length, checkpoint)
+    disk = plan_disk(cfg, run, params["total"], dtype, model.image_tokens)
+
+    note = ""
+    if not Path(cfg.data).is_file():
+        about = "about " if run["samples"] % 1000 == 0 else ""
+        note = f" (not here; it has {about}{run['samples']:,} samples)"
+    print(f"{cfg.stage} on {ranks} GPUs: {vision} and {llm} ({origin}); {cfg.data}{note}")
+    print_table("parameters", ["all", "trained"], params)
+    print_table("steps", [""], {name: [count] for name, count in run.items()})
+    columns = [f"{length}{', checkpointed' if checkpoint else ''}" for length, checkpoint in gpu]
+    parts = next(iter(gpu.values())).keys()
+    rows = {part: [memory[part] / GIB for memory in gpu.values()] for part in parts}
+    print_table("GPU memory by positions, GiB", columns, rows)
+    rows = {f"{ranks_per_node} ranks load the model": [loading / GIB]}
+    print_table("CPU memory of a node, GiB", [""], rows)
+    print_table("disk, GB", [""], {name: [size / 1e9] for name, size in disk.items()})
+    print("\n" + json.dumps(dataclasses.asdict(cfg)))
+    return dict(params=params, run=run, gpu=gpu, cpu=loading, disk=disk)
+
+
+def find_parts(cfg, pretrain_cfg):
+    """-> vision tower, LLM, and a text that says where their names are from."""
+    if cfg.stage == "pretrain" or (cfg.vision and cfg.llm):
         return cfg.vision, cfg.llm, "as given"
-    if Path(cfg.init).is_dir():
+    if not Path(cfg.init).is_dir():
+        names = {"vision": pretrain_cfg.vision, "llm": pretrain_cfg.llm}
+        origin = f"{cfg.init} is no folder, so stage 1's defaults; or give --vision and --llm"
+    else:
         folder = find_model(cfg.init)
         if not (folder / "adapter.safetensors").is_file():
-            raise UserError(
-                f"{folder}: a Llava model, whose parts --dry_run does not read; add --vision and --llm"
-            )
-        names, origin = part_names(folder), f"of {folder}"
-    else:
-        names = vars(stage_1)
-        origin = (
-            f"{cfg.init} is no folder, so stage 1's defaults; --vision and --llm plan for others"
-        )
+            raise UserError(f"{folder}: a Llava model; for its plan add --vision and --llm")
+        names = part_names(folder)
+        origin = f"of {folder}"
     return cfg.vision or names["vision"], cfg.llm or names["llm"], origin
+
+
+def count_parameters(model):
+    """{part: (all, trained)}; the total does not count τ, but what is trained does."""
+    vision = numel(model.vision_tower.parameters())
+    adapter = numel(model.adapter.parameters())
+    total = numel(model.llava.parameters())
+    trained_vision = numel(model.vision_tower.parameters(), trained=True)
+    trained = numel(model.llava.parameters(), trained=True)
+    return {
+        "vision": (vision, trained_vision),
+        "adapter": (adapter, adapter),
+        "llm": (total - vision - adapter, trained - trained_vision - adapter),
+        "total": (total, numel(model.parameters(), trained=True)),
+    }
 
 
 def numel(parameters, trained=False):
     return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
-def kept_bytes(block, width, size):
-    """Bytes that a transformer block keeps for backward, per position: the input of each norm in fp32, and `size` for
-    each number that a matrix puts out (attention, activation and product take it up again), once more for the widest
-    (what the activation puts out), and for each that goes into a matrix which is trained."""
-    norms = sum("norm" in name and name.endswith("weight") for name, _ in block.named_parameters())
-    matrices = [p for p in block.parameters() if p.dim() == 2]
-    return 4 * width * norms + size * (
-        max(max(p.shape) for p in matrices)
-        + sum(sum(p.shape) if p.requires_grad else p.shape[0] for p in matrices)
-    )
-
-
-def gpu_memory(cfg, model, world, positions, checkpoint):
-    """Bytes on one GPU as backward begins, by part; positions: of a sample, image included. Rough, and without some
-    GiB for the CUDA context, the allocator's gaps and the kernels' buffers.
-
-    frozen: weights in the compute dtype. trained, gradients, moments: 4, 4 and 8 bytes for each trained weight. --fsdp
-    divides the four by the ranks. copies: autocast's bf16 copy of each trained weight; with --fsdp instead what is
-    whole for a time, in the compute dtype: what is in no block (embeddings, head, adapter) and two blocks, and the
-    gradients of the former and of one block in that dtype and in fp32.
-    activations: batch x positions x kept_bytes of all blocks; with checkpoint their inputs, and kept_bytes of one. The
-    vision tower has some only if it is trained. logits: of trained positions, log-probabilities and two gradients.
-    """
-    size, shards = 4 if cfg.dtype == "float32" else 2, world if cfg.fsdp else 1
-    vision_blocks, llm_blocks = model.blocks()
-    whole = list(model.parameters())
-    n = numel(whole, trained=True)
-    mem = dict(
-        frozen=sum(p.nbytes for p in whole if not p.requires_grad) / shards,
-        trained=4 * n / shards,
-        gradients=4 * n / shards,
-        moments=8 * n / shards,
-        copies=0,
-    )
-    if cfg.fsdp:
-        blocks = [*vision_blocks, *llm_blocks]
-        sharded = {id(p) for block in blocks for p in block.parameters()}
-        whole = [p for p in whole if id(p) not in sharded]
-        mem["copies"] = (
-            size * numel(whole)
-            + (size + 4) * numel(whole, trained=True)
-            + max(
-                2 * size * numel(b.parameters()) + (size + 4) * numel(b.parameters(), trained=True)
-                for b in blocks
-            )
-        )
-    elif size == 2:
-        mem["copies"] = 2 * n
-
-    kept, inputs = [], 0
-    parts = [(model.llm, llm_blocks, positions)] + [
-        (model.vision, vision_blocks, model.image_tokens)
-    ] * cfg.tune_vision
-    for part, part_blocks, length in parts:
-        rows, width = cfg.batch_size * length, part.config.get_text_config().hidden_size
-        kept += [rows * kept_bytes(block, width, size) for block in part_blocks]
-        # between blocks numbers have the dtype of the weights, which only FSDP casts
-        inputs += (
-            rows
-            * width
-            * len(part_blocks)
-            * (size if cfg.fsdp else next(part_blocks[0].parameters()).itemsize)
-        )
-    mem["activations"] = inputs + max(kept) if checkpoint else sum(kept)
-    targets = cfg.batch_size * max(0, positions - model.image_tokens) * TEXT[cfg.stage][1]
-    mem["logits"] = 12 * targets * model.llm.get_output_embeddings().weight.shape[0]
-    return mem | dict(total=sum(mem.values()))
-
-
-def table(*rows):
-    """Print rows of a name and its values."""
-    print()
-    for name, *values in rows:
-        cells = (
-            v if isinstance(v, str) else f"{v:,}" if isinstance(v, int) else f"{v:,.2f}"
-            for v in values
-        )
-        print(f"{name:32}" + "".join(f"{cell:>17}" for cell in cells))
-
-
-def plan(cfg, world, stage_1):
-    """Print what a run of this config on `world` ranks needs -> the same figures; memory and disk in bytes."""
-    pretrain = cfg.stage == "pretrain"
-    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
-    vision, llm, origin = find_parts(cfg, stage_1)
-    model = SEAModel.from_parts(
-        vision, llm, dtype if pretrain else torch.float32, cfg.tau, meta=True
-    )
-    loading = min(world, 8) * sum(
-        p.nbytes for p in model.parameters()
-    )  # each rank of a node holds all of it
-    model.log_scale.requires_grad_(cfg.sea_weight > 0)  # from here on as train.build_model
-    if not pretrain:
-        model.llm.requires_grad_(True)
-        model.tune_vision() if cfg.tune_vision else model.vision.to(dtype)
-    parts = {name: list(getattr(model, name).parameters()) for name in ("vision", "adapter", "llm")}
-    params = {name: (numel(p), numel(p, trained=True)) for name, p in parts.items()}
-    total, trained = (
-        sum(n for n, _ in params.values()),
-        numel(model.parameters(), trained=True),
-    )  # τ among the latter
-    params["total"] = total, trained
-
-    known = not Path(cfg.data).is_file() and SAMPLES.get(Path(cfg.data).name)
-    samples, batch = (
-        known or len(load_samples(cfg.data, pretrain)),
-        cfg.batch_size * cfg.grad_accum * world,
-    )
+def plan_steps(cfg, ranks, image_tokens):
+    file = Path(cfg.data)
+    if not file.is_file() and file.name in SAMPLES:
+        samples = SAMPLES[file.name]
+    else:
+        samples = len(load_samples(file, captions=cfg.stage == "pretrain"))
+    batch = cfg.batch_size * cfg.grad_accum * ranks
     steps = cfg.max_steps or math.ceil(cfg.epochs * samples / batch)
-    run = {
+    return {
         "samples": samples,
         "samples a step": batch,
         "steps": steps,
         "warmup steps": math.ceil(cfg.warmup_ratio * steps),
-        "image tokens a step": batch * model.image_tokens,
+        "image tokens a step": batch * image_tokens,
         "positions a step, at most": batch * cfg.max_length,
     }
-    typical = min(cfg.max_length, model.image_tokens + TEXT[cfg.stage][0])
-    gpu = {
-        (length, checkpoint): gpu_memory(cfg, model, world, length, checkpoint)
-        for length in (typical, cfg.max_length)
-        for checkpoint in (False, True)
-    }
-    # a checkpoint: weight and two moments in fp32, in stage 1 the adapter once more; a label: uint16 and fp16
-    checkpoint, labels = trained * (16 if pretrain else 12), samples * model.image_tokens * LABELS
-    saved = steps // cfg.save_every if cfg.save_every else 0
+
+
+def plan_disk(cfg, run, parameters, dtype, image_tokens):
+    """{name: bytes}. parameters: (all, trained)."""
+    total, trained = parameters
+    is_pretrain = cfg.stage == "pretrain"
+    # Weight and two moments in fp32; in stage 1 the adapter once more.
+    checkpoint = trained * (16 if is_pretrain else 12)
+    saved = run["steps"] // cfg.save_every if cfg.save_every else 0
+    is_exported = cfg.export or not is_pretrain
     disk = {
         "a checkpoint": checkpoint,
         "checkpoints that stay": checkpoint * min(saved, cfg.keep or saved),
-        "model": total * dtype.itemsize if cfg.export or not pretrain else 4 * trained,
+        "model": total * dtype.itemsize if is_exported else 4 * trained,
     }
     if cfg.sea_weight > 0:
-        disk |= {"labels": 4 * labels, "labels of 65,535 words or more": 6 * labels}
+        labels = run["samples"] * image_tokens * LABELS
+        disk["labels"] = 4 * labels  # ids in uint16, scores in fp16
+        disk["labels of 65,535 words or more"] = 6 * labels  # ids in int32
+    return disk
 
-    print(
-        f"{cfg.stage} on {world} GPUs: {vision} and {llm} ({origin}); {cfg.data}"
-        + (
-            f" (not here; it has {'about ' if samples % 1000 == 0 else ''}{samples:,} samples)"
-            if known
-            else ""
-        )
-    )
-    table(
-        ("parameters", "all", "trained"),
-        *((name, *n) for name, n in params.items()),
-        ("", f"{total / 1e9:.2f} B", f"{trained / 1e6:.2f} M"),
-    )
-    table(*run.items())
-    table(
-        (
-            "GPU memory, about, GiB",
-            *(f"{'longest' if n == cfg.max_length else 'typical'} {n}" for n, _ in gpu),
-        ),
-        ("--grad_checkpoint", *("with" if c else "without" for _, c in gpu)),
-        *((name, *(mem[name] / 2**30 for mem in gpu.values())) for name in gpu[typical, True]),
-    )
-    table(
-        (f"CPU memory, {min(world, 8)} ranks load, GiB", loading / 2**30),
-        ("disk, GB",),
-        *((name, n / 1e9) for name, n in disk.items()),
-    )
-    print("\n" + json.dumps(dataclasses.asdict(cfg)))
-    return dict(params=params, run=run, gpu=gpu, cpu=loading, disk=disk)
+
+def print_table(title, columns, rows):
+    """rows {name: values}."""
+    print(f"\n{title:32}" + "".join(f"{column:>20}" for column in columns))
+    for name, values in rows.items():
+        cells = [f"{v:,}" if isinstance(v, int) else f"{v:,.2f}" for v in values]
+        print(f"{name:32}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+# ----------------------------------------------------------------------------- GPU memory
+
+
+def gpu_memory(cfg, model, ranks, positions, checkpoint):
+    """Bytes on one GPU as backward begins, by part. positions: of a sample, image included.
+
+    frozen: weights in the compute dtype. trained, gradients, moments: 4, 4 and 8 bytes for each
+    trained weight. --fsdp divides these by the ranks.
+    copies: autocast's bf16 copy of each trained weight, or what --fsdp gathers.
+    activations: what all blocks keep for backward; with checkpoint, their inputs and what one keeps.
+    logits: of trained positions, with log-probabilities and two gradients.
+    Left out: some GiB for the CUDA context, the allocator's gaps and the kernels' buffers.
+    """
+    size = 4 if cfg.dtype == "float32" else 2  # bytes of a number in the compute dtype
+    shards = ranks if cfg.fsdp else 1
+    trained = numel(model.parameters(), trained=True)
+    copies = 2 * trained if size == 2 else 0
+    if cfg.fsdp:
+        copies = gathered_bytes(model, size)
+    text = max(0, positions - model.image_tokens)
+    targets = cfg.batch_size * text * TRAINED_SHARE[cfg.stage]
+    memory = {
+        "frozen": sum(p.nbytes for p in model.parameters() if not p.requires_grad) / shards,
+        "trained": 4 * trained / shards,
+        "gradients": 4 * trained / shards,
+        "moments": 8 * trained / shards,
+        "copies": copies,
+        "activations": activation_bytes(cfg, model, positions, checkpoint, size),
+        "logits": 12 * targets * model.llava.lm_head.weight.shape[0],
+    }
+    memory["total"] = sum(memory.values())
+    return memory
+
+
+def gathered_bytes(model, size):
+    """What FSDP2 holds whole for a time: two blocks, and all that is in no block.
+
+    Weights in the compute dtype; gradients of trained weights in that dtype and in fp32, of one
+    block at a time.
+    """
+    largest = 0
+    blocks = [block for part in model.blocks() for block in part]
+    for block in blocks:
+        weights = 2 * size * numel(block.parameters())
+        largest = max(largest, weights + (size + 4) * numel(block.parameters(), trained=True))
+    in_blocks = {id(p) for block in blocks for p in block.parameters()}
+    others = [p for p in model.parameters() if id(p) not in in_blocks]
+    return size * numel(others) + (size + 4) * numel(others, trained=True) + largest
+
+
+def activation_bytes(cfg, model, positions, checkpoint, size):
+    """What the blocks keep for backward. A frozen vision tower keeps nothing."""
+    vision_blocks, llm_blocks = model.blocks()
+    parts = [(llm_blocks, model.embed_tokens.embedding_dim, positions)]
+    if cfg.tune_vision:
+        parts.append((vision_blocks, model.vision_tower.config.hidden_size, model.image_tokens))
+    kept = []
+    inputs = 0
+    for blocks, width, length in parts:
+        rows = cfg.batch_size * length
+        kept += [rows * kept_bytes(block, width, size) for block in blocks]
+        # Between blocks, numbers have the dtype of the weights, which only FSDP casts.
+        itemsize = size if cfg.fsdp else next(blocks[0].parameters()).itemsize
+        inputs += rows * width * len(blocks) * itemsize
+    return inputs + max(kept) if checkpoint else sum(kept)
+
+
+def kept_bytes(block, width, size):
+    """Bytes that a transformer block keeps for backward, for each position.
+
+    The input of each norm in fp32. `size` bytes for each number that a matrix puts out, once more
+    for the widest (the activation's output), and for each that goes into a trained matrix.
+    """
+    names = [name for name, _ in block.named_parameters()]
+    norms = sum("norm" in name and name.endswith("weight") for name in names)
+    matrices = [p for p in block.parameters() if p.dim() == 2]
+    numbers = max(max(matrix.shape) for matrix in matrices)
+    for matrix in matrices:
+        numbers += sum(matrix.shape) if matrix.requires_grad else matrix.shape[0]
+    return 4 * width * norms + size * numbers
+
+
+# ----------------------------------------------------------------------------- speed
 
 
 def words(patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10, repeats: int = 5):
-    """Time nearest_words: against the bare products of the same shapes and, if faiss is installed, its exact search.
-    Medians (least to most) over repeats in turn, of random unit vectors."""
+    """Time nearest_words against the bare products of the same shapes, and faiss if installed.
+
+    Medians (least to most) over repeats in turn, of random unit vectors.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    v, t = (F.normalize(torch.randn(rows, dim, device=device), dim=-1) for rows in (patches, words))
-    half = v.bfloat16(), t.bfloat16()
-
-    def product(
-        v, t, rows=2048, block=8192
-    ):  # in blocks: whole, the scores might not fit into memory
-        out = v.new_empty(rows, block)
-        for part in t.split(block):
-            for some in v.split(rows):
-                torch.mm(some, part.T, out=out[: len(some)] if len(part) == block else None)
-
-    timed = {
+    v = F.normalize(torch.randn(patches, dim, device=device), dim=-1)
+    t = F.normalize(torch.randn(words, dim, device=device), dim=-1)
+    half_v = v.bfloat16()
+    half_t = t.bfloat16()
+    candidates = {
         "nearest_words": lambda: nearest_words(v, t, n, 1),
-        "product in float32": lambda: product(v, t),
-        "product in bfloat16": lambda: product(*half),
+        "product in float32": lambda: block_products(v, t),
+        "product in bfloat16": lambda: block_products(half_v, half_t),
     }
     try:
         import faiss
 
         index = faiss.IndexFlatIP(dim)
         index.add(t.cpu().numpy())
-        timed["faiss.IndexFlatIP, CPU"] = lambda: index.search(v.cpu().numpy(), n)
+        candidates["faiss.IndexFlatIP, CPU"] = lambda: index.search(v.cpu().numpy(), n)
     except ImportError:
         print("faiss is not installed (pip install faiss-cpu): left out")
-    seconds = {name: [] for name in timed}
+
+    seconds = {name: [] for name in candidates}
     for _ in range(repeats):
-        for name, run in timed.items():
+        for name, run in candidates.items():
             start = time.perf_counter()
             run()
             if device == "cuda":
@@ -265,10 +284,18 @@ def words(patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10
     for name, values in seconds.items():
         ratios = sorted(a / b for a, b in zip(seconds["nearest_words"], values))
         print(
-            f"{name:24}{statistics.median(values):9.3f} s   nearest_words takes {statistics.median(ratios):.2f} "
-            f"({ratios[0]:.2f} to {ratios[-1]:.2f}) of it"
+            f"{name:24}{statistics.median(values):9.3f} s   nearest_words takes "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) of it"
         )
     return seconds
+
+
+def block_products(v, t, rows=2048, block=8192):
+    """All products, block by block into one buffer: as a whole they might not fit into memory."""
+    out = v.new_empty(rows, block)
+    for part in t.split(block):
+        for some in v.split(rows):
+            torch.mm(some, part.T, out=out[: len(some)] if len(part) == block else None)
 
 
 def main(argv=None):

@@ -612,18 +612,16 @@ def cli(main):
 
 def run_command(doc, functions, argv=None):
     """Call the function that argv names. functions {subcommand: function}; parameters are flags."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = dict(
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
+    parser = argparse.ArgumentParser(description=doc, **options)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in functions.items():
         text = inspect.getdoc(function)
+        summary = text.splitlines()[0]
         command = commands.add_parser(
-            name,
-            help=text.splitlines()[0],
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            name, help=summary, description=text, allow_abbrev=False, **options
         )
         add_flags(command, inspect.signature(function), {})
     args = vars(parser.parse_args(argv))
@@ -631,21 +629,16 @@ def run_command(doc, functions, argv=None):
 
 
 def add_flags(parser, signature, help):
-    """Add a flag to an argparse parser for each parameter: its name, annotated type and default.
+    """Add a flag for each parameter: its name, annotated type, and help {parameter: text}.
 
-    help {parameter: text}.
+    A flag that is not given stays out of the parser's result, so that Python's defaults hold.
     """
     for name, parameter in signature.parameters.items():
-        is_required = parameter.default is parameter.empty
-        kwargs = dict(
-            required=is_required,
-            default=None if is_required else parameter.default,
-            help=help.get(name, "default: %(default)s"),
-        )
         choices = typing.get_args(parameter.annotation)  # of a Literal
+        options = {"type": type(choices[0]), "choices": choices} if choices else {}
+        options = options or {"type": parameter.annotation}
         if parameter.annotation is bool:
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **kwargs)
-        elif choices:
-            parser.add_argument(f"--{name}", type=type(choices[0]), choices=choices, **kwargs)
-        else:
-            parser.add_argument(f"--{name}", type=parameter.annotation, **kwargs)
+            options = {"action": argparse.BooleanOptionalAction}
+        is_required = parameter.default is parameter.empty
+        text = "required" if is_required else f"default: {parameter.default!r}"
+        parser.add_argument(f"--{name}", required=is_required, help=help.get(name, text), **options)

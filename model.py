@@ -196,12 +196,17 @@ class SEAModel(nn.Module):
         )
         return ids[:, prompts.shape[1] :]
 
-    def tune_vision(self):
-        """Train the vision tower too, but for the parts that its features do not depend on.
+    def train_llm(self, tune_vision, dtype):
+        """Thaw what stage 2 trains: the LLM with its embeddings and head, and the adapter.
 
-        These are the last block and what follows it: DDP would wait for gradients never made.
+        tune_vision: the vision tower too; otherwise it stays frozen, in dtype.
         """
-        self.vision_tower.requires_grad_(True)
+        self.llava.requires_grad_(True)
+        if not tune_vision:
+            self.vision_tower.to(dtype).requires_grad_(False)
+            return
+        # The features do not depend on the last block and what follows it. DDP would wait for
+        # gradients that are never made.
         size = self.preprocess["size"]
         features = self.vision_features(torch.zeros(1, 3, size, size, device=self.device))
         parameters = list(self.vision_tower.parameters())
