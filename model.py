@@ -104,8 +104,8 @@ class SEAModel(nn.Module):
         """A batch of data.collate -> dict of loss_g (Eq. 12) and, with labels, loss_a (Eq. 11).
 
         input_ids, attention_mask, targets [B, L], pixels [images, 3, S, S], label_ids and
-        label_scores [B, m, n]. Also in the dict: inputs [B, L, D], which is X_input (Eq. 3) without
-        a graph; is_image [B, L]; and with labels pairs and matched (see loss.sea_loss).
+        label_scores [B, m, n]. Also in the dict: tau; inputs [B, L, D], which is X_input (Eq. 3)
+        without a graph; is_image [B, L]; and with labels pairs and matched (see loss.sea_loss).
 
         PAPER: L_g is a mean over the trained tokens. num_targets is what their sum is divided by,
         for a mean over several micro-batches and ranks; by default the number in this batch.
@@ -126,6 +126,7 @@ class SEAModel(nn.Module):
             num_targets = is_trained.sum().clamp(min=1)
         out = {
             "loss_g": total / num_targets,  # Eq. 12
+            "tau": (-self.log_scale.detach()).exp(),
             "inputs": inputs.detach(),
             "is_image": is_image,
         }

@@ -362,7 +362,6 @@ def train(run, train_set, val_set, first_step, steps, log):
 def train_step(run, batches, step):
     """One optimizer step over this rank's micro-batches -> metrics, of all ranks together."""
     cfg = run.cfg
-    tau = (-run.model.log_scale.detach()).exp()
     lr = run.schedule.get_last_lr()[0]
     trained = sum((batch["targets"][:, 1:] != IGNORE).sum() for batch in batches)
     num_targets = max(1.0, *all_sum([trained], run.device))
@@ -404,7 +403,7 @@ def train_step(run, batches, step):
     if cfg.sea_weight > 0:
         metrics.update(
             loss_a=total["loss_a"] / len(batches) / world_size(),
-            tau=float(tau),
+            tau=float(out["tau"]),
             pairs=int(total["pairs"]),
             matched=total["matched"] / max(total["pairs"], 1),
         )
