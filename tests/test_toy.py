@@ -1,6 +1,13 @@
 import json
+import os
 import random
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -24,7 +31,7 @@ def small(tmp_path_factory):
 
 
 def test_the_truth_of_a_patch_is_what_its_pixels_show():
-    """Without texture, noise and patterns the share of a patch in the object's color is counted pixel by pixel."""
+    """The share of a patch in each object, counted pixel by pixel on a picture of their numbers."""
     rng, judged = random.Random(0), 0
     for _ in range(40):
         scene = toy.make_scene(rng)
@@ -82,7 +89,7 @@ def test_the_files_are_ordinary_ones(small):
         "image_intermediates"
     ][0]
     assert torch.allclose(hidden, ours, atol=1e-5)
-    assert data.vision_geometry(str(small / "vision")) == labels.encoder_geometry(clip)
+    assert data.vision_preprocess(str(small / "vision")) == labels.encoder_preprocess(clip)
     assert open_clip.get_tokenizer(f"local-dir:{small}/clip")(["red"]).shape == (1, 32)
 
 
@@ -98,6 +105,10 @@ def test_the_tokenizer_has_a_token_for_every_word_and_a_chat_template(small):
     chat = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
     answer = [i for i, m in zip(chat["input_ids"], chat["assistant_masks"]) if m]
     assert tokenizer.decode(answer) == " red</s>"
+    as_trained = tokenizer(
+        "USER: <image>\nWhat color? ASSISTANT: red</s>", add_special_tokens=False
+    )
+    assert chat["input_ids"] == as_trained.input_ids
     parts = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color?"}]},
         turns[1],
@@ -136,7 +147,183 @@ def test_the_preset_labels_the_toy_and_trains_on_it(small, monkeypatch, tmp_path
         toy.build(small)
 
 
+def test_what_the_lm_is_trained_on(small):
+    """Whole documents of each kind: full weight is on the answers, and on nothing else."""
+    tokenizer = AutoTokenizer.from_pretrained(small / "llm")
+    rng = random.Random(0)
+    kinds = set()
+    for _ in range(60):
+        ids, weights = toy.document(tokenizer, rng)
+        text = tokenizer.decode(ids)
+        heavy = tokenizer.decode(ids[weights == 1])
+        assert tokenizer(text, add_special_tokens=False).input_ids == ids.tolist()
+        assert set(weights.tolist()) == {1.0, torch.tensor(0.02).item()}
+        told, rest = text.removeprefix("<s>").removeprefix("USER: ").split("\n", 1)
+        if rest.startswith("seen:"):
+            kinds.add("seen")
+            for word, answer in re.findall(r"(\w+) (yes|no)[,\n]", rest):
+                assert answer == ("yes" if word in re.findall(r"\w+", told) else "no")
+            assert heavy == "".join(f" {answer}" for answer in re.findall(r"\b(?:yes|no)\b", rest))
+        elif "ASSISTANT:" in rest:
+            kinds.add("chat")
+            assert heavy == "".join(re.findall(r"ASSISTANT:( \w+</s>)", rest))
+            assert heavy.count("</s>") == 4
+        else:
+            kinds.add("caption")
+            assert heavy == "\n" + rest
+    assert kinds == {"seen", "chat", "caption"}
+
+
 def test_a_build_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(TypeError):
         toy.build(tmp_path / "toy", images=4, clip_steps="many", lm_steps=1)
     assert not (tmp_path / "toy").exists()
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A program for scripts: it notes each call in a file, and fails where it is told to."""
+    (tmp_path / "noting.py").write_text(
+        "import os, pathlib, sys, torch\n"
+        "def main(argv):\n"
+        "    print('said', argv[0])\n"
+        "    with open(pathlib.Path(__file__).with_name('calls.txt'), 'a') as f:\n"
+        "        print(os.getpid(), torch.get_num_threads(), *argv, file=f)\n"
+        "    if argv[0] == 'flag':\n"
+        "        print('usage: noting', file=sys.stderr)\n"
+        "        sys.exit(2)\n"
+        "    if argv[0] == 'break':\n"
+        "        raise ValueError('what broke')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "noting", raising=False)
+    return lambda: (tmp_path / "calls.txt").read_text().splitlines()
+
+
+def test_scripts_run_once_in_processes_that_are_kept(program, tmp_path, capfd):
+    scripts = {tmp_path / f"run {i}": f"noting {i}\nnoting '{i} b' c" for i in range(5)}
+    with toy.two_workers() as pool:
+        list(pool.map(toy.run_script, scripts, scripts.values()))
+    calls = [line.split(" ", 2) for line in program()]
+    assert sorted(words for *_, words in calls) == sorted(
+        words for i in range(5) for words in (f"{i}", f"{i} b c")
+    )
+    assert {threads for _, threads, _ in calls} == {"1"}
+    assert len({pid for pid, *_ in calls} - {str(os.getpid())}) in (1, 2)
+    assert (tmp_path / "run 0/log.txt").read_text() == "said 0\nsaid 0 b\n"
+    assert "said" not in "".join(capfd.readouterr())
+
+    (tmp_path / "run 3/done").unlink()
+    (tmp_path / "run 3/left").touch()
+    for run, script in scripts.items():
+        toy.run_script(run, script)
+    assert [line.split(" ", 2)[2] for line in program()[10:]] == ["3", "3 b c"]
+    assert not (tmp_path / "run 3/left").exists() and (tmp_path / "run 3/done").exists()
+
+
+@pytest.mark.parametrize("argument, said", [("break", "what broke"), ("flag", "usage: noting")])
+def test_a_command_that_fails_shows_its_log(program, tmp_path, argument, said):
+    run = tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        toy.run_script(run, f"noting 1\nnoting {argument}\nnoting 2")
+    assert f"noting {argument}\nfailed" in str(error.value) and str(run) in str(error.value)
+    assert "said 1" in str(error.value) and said in str(error.value)
+    assert len(program()) == 2 and not (run / "done").exists()
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    (tmp_path / "parent.py").write_text(
+        "import os, time, toy\n"
+        "if __name__ == '__main__':\n"
+        "    pool = toy.two_workers()\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(toy.__file__).parent)}
+    command = [sys.executable, tmp_path / "parent.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as parent:
+        worker = int(parent.stdout.readline())
+        os.kill(worker, 0)  # it lives
+        parent.send_signal(signal.SIGKILL)
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if "Z" in Path(f"/proc/{worker}/stat").read_text().rsplit(")")[1].split()[:1]:
+            return  # ended, and only waits for someone to ask how
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_true_labels(small, tmp_path):
+    toy.ensure(small)
+    out = tmp_path / "truth"
+    for _ in range(2):  # also over what an interrupted report left
+        toy.true_labels(small, out)
+        store = labels.LabelStore(out)
+        truth = json.loads((small / "truth.json").read_text())
+        for i, sample in enumerate(data.load_samples(small / "train.json")):
+            judged = {
+                int(patch): words
+                for patches in truth[sample["image"]].values()
+                for patch, words in patches.items()
+            }
+            ids, scores = store[i]
+            for patch in range(64):
+                kept = [store.words[j] for j in ids[patch] if j >= 0]
+                assert kept == list(judged.get(patch, [])), (i, patch)
+                assert scores[patch].tolist() == [1.0] * len(kept) + [0.0] * (2 - len(kept))
+
+
+def test_report_end_to_end(small, tmp_path, monkeypatch, capsys):
+    """The real scripts, three steps on few questions; then again, with one run missing."""
+    folder = shutil.copytree(small, tmp_path / "toy")
+    for file in folder.glob("val*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text())[:8]))
+    for file in folder.glob("pope/*.json"):
+        file.write_text("\n".join(file.read_text().splitlines()[:4]))
+    monkeypatch.chdir(tmp_path)
+    for name in ("PRETRAIN", "FINETUNE"):
+        script = getattr(toy, name).replace("--seed", "--max_steps 3 --save_every 1 --seed")
+        for step, short in (("60", "1"), ("120", "2"), ("180", "3")):
+            script = script.replace(f"step_{step} ", f"step_{short} ")
+        script = re.sub(r"step_(60|120|180)'", lambda m: f"step_{int(m[1]) // 60}'", script)
+        monkeypatch.setattr(toy, name, script.replace("--samples 250", "--samples 8"))
+    monkeypatch.setattr(
+        toy, "VARIANTS", {k: toy.VARIANTS[k] for k in ("baseline", "SEA", "SEA_n10")}
+    )
+    monkeypatch.setattr(toy, "BOTH_STAGES", ("baseline", "SEA"))
+    out = Path("out/the report")
+    toy.report(seeds=1, out=out)
+
+    said = capsys.readouterr().out
+    assert "| | baseline | SEA | SEA_n10 |" in said and "| | baseline | SEA |\n" in said
+    gap = labels_of(out / "SEA_0/pretrain/eval.jsonl", "D_of_unit_vectors")
+    assert f"{gap:.3f} ({gap:.3f} to {gap:.3f})" in said
+    drawn = {file.name for file in (out / "figures").iterdir()}
+    assert drawn == {"pretraining.png", "language.png", "radar.png", "tsne.png", "words.png"}
+    assert sorted(run.name for run in out.glob("*_0")) == ["SEA_0", "SEA_n10_0", "baseline_0"]
+    config = json.loads((out / "SEA_n10_0/pretrain/config.json").read_text())
+    assert config["labels"] == f"{out}/labels_n10" and not (out / "SEA_n10_0/finetune").exists()
+
+    def times():
+        return {run.name: (run / "done").stat().st_mtime for run in out.glob("*_0")}
+
+    before = times()
+    (out / "SEA_n10_0/done").unlink()
+    toy.report(seeds=1, out=out)
+    after = times()
+    assert after.pop("SEA_n10_0") > before.pop("SEA_n10_0") and after == before
+    assert capsys.readouterr().out.count("| TACS (more is better) |") == 1
+
+
+def labels_of(file, measure):
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return next(line[measure] for line in lines if measure in line)
