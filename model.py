@@ -188,13 +188,10 @@ class SEAModel(nn.Module):
         -> new token ids [B, at most max_new_tokens]. kwargs go to transformers' generate.
         """
         prompts = batch["input_ids"]
-        ids = self.llava.generate(
-            input_ids=prompts,
-            attention_mask=batch["attention_mask"],
-            pixel_values=batch["pixels"] if len(batch["pixels"]) else None,
-            do_sample=False,
-            **kwargs,
-        )
+        if len(batch["pixels"]):
+            kwargs["pixel_values"] = batch["pixels"]
+        mask = batch["attention_mask"]
+        ids = self.llava.generate(prompts, attention_mask=mask, do_sample=False, **kwargs)
         return ids[:, prompts.shape[1] :]
 
     def train_llm(self, tune_vision, dtype):
