@@ -13,7 +13,7 @@ import eval as evaluation
 import train
 from data import UserError
 from eval import chosen, modality_gap, nearest_word, normalize, pope_metrics, says_yes, tacs
-from model import SEAModel
+from model import load_model
 
 
 def cosine(a, b):
@@ -90,7 +90,7 @@ def test_the_three_commands_on_an_out_dir_a_model_and_a_checkpoint(run, tmp_path
         "--samples",
         "4",
     ]
-    frequent = evaluation.main([*flags, "--out", str(tmp_path / "w.png")])[str(run)]["words"]
+    frequent = evaluation.main([*flags, "--out", str(tmp_path / "w.png")])["words"]
     shares = {}
     for word in frequent:  # let it be what every patch shows
         truth = {f"{i}.png": {"patches": {str(p): [word] for p in range(25)}} for i in range(4)}
@@ -98,15 +98,17 @@ def test_the_three_commands_on_an_out_dir_a_model_and_a_checkpoint(run, tmp_path
         words = evaluation.main(
             [*flags, "--truth", str(tmp_path / "truth.json"), "--out", str(tmp_path / "w.png")]
         )
-        shares[word] = words[str(run)]["true"]["patches"]
+        shares[word] = words["true"]["patches"]
     assert shares == pytest.approx(frequent, abs=6e-4) and sum(shares.values()) > 0.5
-    width, height = Image.open(
-        tmp_path / "w.png"
-    ).size  # two images, each plain, of the baseline, and of SEA
-    assert width == 3 * (5 * 89 + 12) + 12 and height > 2 * (5 * 89 + 12) + 12  # words stand below
+    recorded = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert recorded[-1] == {"step": 6} | words and recorded[-2]["step"] == 3
+    assert recorded[-2]["words"] != words["words"]  # the baseline's
+    # Two rows of an image alone, with the baseline's words, and with those of SEA; a legend below.
+    with Image.open(tmp_path / "w.png") as sheet:
+        assert sheet.size == (3 * (5 * 48 + 12) + 12, 2 * (6 * 48 + 8 + 12) + 12)
 
 
-def test_without_held_out_data_the_training_data_are_measured(run, tmp_path, world):
+def test_without_held_out_data_the_training_data_are_measured(run, tmp_path, world, capsys):
     shutil.copytree(run, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     lines = [json.dumps(sample) for sample in json.loads((world / "train.json").read_text())[:3]]
@@ -124,6 +126,8 @@ def test_without_held_out_data_the_training_data_are_measured(run, tmp_path, wor
     ):
         (tmp_path / "run/config.json").write_text(json.dumps(config | change))
         assert evaluation.main(["tacs", "--model", f"{tmp_path}/run"])["pairs"] == pairs
+        is_said = "measured on the training data" in capsys.readouterr().out
+        assert is_said == (change.get("val_data") == "")
 
 
 def test_errors_name_what_is_missing(run, tmp_path):
@@ -139,9 +143,7 @@ def test_on_a_run_of_stage_2(finetune_flags, world, tmp_path):
     """It has neither captions nor words of its own: both are asked for; then .jsonl will do."""
     train.main([*finetune_flags, "--out_dir", str(tmp_path), "--max_steps", "1"])
     run = ["--model", str(tmp_path)]
-    with pytest.raises(
-        UserError, match="named no captions to look at; give --data and --image_folder"
-    ):
+    with pytest.raises(UserError, match="its run has no captions: give --data and --image_folder"):
         evaluation.main(["tacs", *run])
     lines = [json.dumps(s) for s in json.loads((world / "train.json").read_text())]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
@@ -159,7 +161,7 @@ def test_on_a_run_of_stage_2(finetune_flags, world, tmp_path):
     assert evaluation.main(["gap", *run, "--words", str(world / "words.txt")])["D"] > 0
 
 
-# ---------------------------------------------------------------------------------------------------- answers
+# ----------------------------------------------------------------------------------------- answers
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned, tmp_path):
         ["export", "--model", f"{finetuned}/checkpoints/step_3", "--out", f"{tmp_path}/llava"]
     )
     models = [
-        SEAModel.from_run(path)
+        load_model(path)
         for path in (
             finetuned / "checkpoints/step_6",
             finetuned / "checkpoints/step_3",
@@ -270,7 +272,7 @@ def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned, tmp_path):
             tmp_path / "llava",
         )
     ]
-    assert [model.geometry["mode"] for model in models] == ["pad"] * 4
+    assert [model.preprocess["mode"] for model in models] == ["pad"] * 4
     last, early, exported, early_exported = (model.state_dict() for model in models)
     for name, w in early_exported.items():
         assert name == "log_scale" or torch.allclose(
@@ -298,12 +300,12 @@ def test_a_checkpoint_of_stage_2_whose_start_is_another_or_gone_is_refused(finet
             json.dumps({"config": {"init": init, "image_mode": ""}})
         )
         with pytest.raises(UserError, match=f"step_3: .*{error}"):
-            SEAModel.from_run(tmp_path / "step_3")
+            load_model(tmp_path / "step_3")
 
 
 def test_batches_answer_as_one_by_one(finetuned, world):
     """Prompts of very different lengths, with image and without, padded on the left."""
-    model = SEAModel.from_run(finetuned)
+    model = load_model(finetuned)
     texts = [
         "red?",
         "which " * 20,
@@ -313,7 +315,9 @@ def test_batches_answer_as_one_by_one(finetuned, world):
         "a tall red ocean beside the door?",
     ]
     samples = [
-        evaluation.ask(f"<image>\n{text}" if i % 3 else text, f"{i}.png" if i % 3 else None)
+        evaluation.question_sample(
+            f"<image>\n{text}" if i % 3 else text, f"{i}.png" if i % 3 else None
+        )
         for i, text in enumerate(texts)
     ]
     one = evaluation.answer(model, samples, world / "images", batch_size=1, max_new_tokens=12)
@@ -354,10 +358,11 @@ def test_pope_reads_its_three_files(finetuned, world, tmp_path, capsys):
         "2",
     ]
     result = evaluation.main(["pope", *flags, "--data", f"{tmp_path}/pope"])["pope"]
-    model, f1 = SEAModel.from_run(finetuned / "checkpoints/step_3"), []
+    model, f1 = load_model(finetuned / "checkpoints/step_3"), []
     for name in rows:
         asked = [
-            evaluation.ask(f"{row['text']}\n{evaluation.SHORT}", row["image"]) for row in rows[name]
+            evaluation.question_sample(f"{row['text']}\n{evaluation.SHORT}", row["image"])
+            for row in rows[name]
         ]
         said = evaluation.answer(model, asked, world / "images", 1)
         true = [row["label"] == "yes" for row in rows[name]]
@@ -378,12 +383,12 @@ def test_pope_reads_its_three_files(finetuned, world, tmp_path, capsys):
     (tmp_path / "pope/coco_pope_popular.json").write_text(lines)
     number = 1 + next(i for i, line in enumerate(lines.splitlines()) if "maybe" in line)
     with pytest.raises(
-        UserError, match=f"coco_pope_popular.json, line {number}: no question of POPE"
+        UserError, match=f"coco_pope_popular.json, line {number}: not a question of POPE"
     ):
         evaluation.main(["pope", *flags, "--data", f"{tmp_path}/pope"])
-    with pytest.raises(UserError, match="no .json file in this folder"):
+    with pytest.raises(UserError, match="images: no file of POPE"):
         evaluation.main(["pope", *flags, "--data", str(world / "images")])
-    with pytest.raises(UserError, match="none.json: cannot be read"):
+    with pytest.raises(UserError, match="none.json: no file of POPE"):
         evaluation.main(["pope", *flags, "--data", "none.json"])
 
 
@@ -397,13 +402,15 @@ def test_vqa_scores_each_kind_of_question(finetuned, world, tmp_path):
             ],
         } | more
 
-    model = SEAModel.from_run(finetuned)
+    model = load_model(finetuned)
     texts = [f"{q}?\n{evaluation.SHORT}" for q in ("red", "blue")]
     said = evaluation.answer(
-        model, [evaluation.ask(text, "1.png") for text in texts], world / "images"
+        model, [evaluation.question_sample(text, "1.png") for text in texts], world / "images"
     )
     listed = f"which?\nA. door\nB. wall\n{evaluation.LETTER}"
-    [letter] = evaluation.answer(model, [evaluation.ask(listed, "2.png")], world / "images")
+    [letter] = evaluation.answer(
+        model, [evaluation.question_sample(listed, "2.png")], world / "images"
+    )
     rows = [
         sample("red?\n<image>", said[0], image="1.png"),
         sample("<image>\nblue?", "no", image="1.png"),
@@ -474,7 +481,7 @@ def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeyp
             "9",
         ]
     )
-    model, streamed = SEAModel.from_run(finetuned), capsys.readouterr().out
+    model, streamed = load_model(finetuned), capsys.readouterr().out
     for n in (1, 3):
         asked = [{"from": "human", "value": f"<image>\n{turns[0]['value']}"}, *turns[1:n]]
         [said] = evaluation.answer(
@@ -482,203 +489,3 @@ def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeyp
         )
         assert turns[n]["value"] == said and said in streamed
     assert [turn["value"] for turn in turns[::2]] == ["red?", "the wall?"]
-
-
-# ---------------------------------------------------------------------------------------------------- figures
-
-
-def test_a_history_joins_what_runs_and_tools_wrote(tmp_path):
-    run = tmp_path / "two_step_9"  # no step of this run
-    (run / "vqa").mkdir(parents=True)
-    (run / "metrics.jsonl").write_text(
-        '{"step": 1, "val_tacs": 0.1}\n{"step": 2, "val_tacs": 0.2}\n'
-    )
-    (run / "eval.jsonl").write_text(
-        '{"step": 1, "pope": {"f1": 0.5, "coco": {"f1": 0.4}}}\n'
-        '{"step": 1, "pope": {"f1": 0.6}}\n{"step": 2, "qa": {"all": 1}}\n'
-    )
-    mmlu = {
-        "mmlu": {"alias": "mmlu", "acc,none": 0.35, "acc_stderr,none": 0.1},
-        "mmlu_stem": {"acc,none": 0.1},
-        "mmlu_virology": {"acc,none": 0.2},
-    }
-    groups = {"mmlu": ["mmlu_stem"], "mmlu_stem": ["mmlu_virology"]}
-    pope = {
-        "pope_accuracy,none": 0.7,
-        "pope_accuracy_stderr,none": "N/A",
-        "pope_f1_score,none": 0.75,
-        "pope_f1_score_stderr_clt,none": 0.0,
-    }
-    for name, results in (
-        (
-            "lmms/x__model/20261124_081430_results.json",
-            {"results": {"pope": pope | {"alias": "pope"}}},
-        ),
-        (
-            "lmms/a__model/20261124_081431_results.json",
-            {
-                "results": {
-                    "pope": pope | {"pope_f1_score,none": 0.8},
-                    "coco": {"coco_Bleu_4,none": 0.2, "coco_CIDEr,none": 0.9},
-                    "mmvp": {"mmvp_accuracy,none": 0.6, "mmvp_pair_accuracy,none": 0.3},
-                    "broken": {"alias": "x"},
-                }
-            },
-        ),
-        (
-            "lm/step_7__step_1/results_2026-11-24T00-15-22.398486.json",
-            {"results": mmlu, "group_subtasks": groups},
-        ),
-    ):
-        (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_text(json.dumps(results))
-    found = evaluation.history(run)
-    assert (
-        found["val_tacs"] == {1: 0.1, 2: 0.2}
-        and found["pope f1"] == {1: 0.6}
-        and found["pope coco f1"] == {1: 0.4}
-    )
-    assert {name: steps for name, steps in found.items() if name.endswith(" all")} == {
-        "pope all": {2: 0.8},
-        "coco all": {2: 0.9},
-        "mmvp all": {2: 0.3},
-        "mmlu all": {1: 0.35},
-        "qa all": {2: 1},
-    }
-    for text in ('{"id": 1}\n{"id": 2}', '{"results": 3}'):
-        (run / "vqa/my_results.json").write_text(text)
-        with pytest.raises(UserError, match="my_results.json: not what lmms-eval .* move it out"):
-            evaluation.history(run)
-
-
-def test_which_measures_are_benchmarks():
-    assert all(map(evaluation.is_score, ("val_tacs", "tacs", "pope f1", "gqa all")))
-    assert not any(
-        map(
-            evaluation.is_score,
-            ("true all", "words all", "pope coco_pope_random f1", "qa open", "D"),
-        )
-    )
-
-
-def test_the_table_is_the_mean_and_the_range_of_the_last_values(capsys):
-    seeds = [{"pope f1": {1: 9.0, 2: value}} for value in (0.25, 0.5, 0.75)]
-    evaluation.print_table({"a": seeds, "b": [{"other": {1: 1.0}}]}, {"pope f1": "POPE"})
-    assert capsys.readouterr().out.splitlines()[-1] == "| POPE | 0.500 (0.250 to 0.750) |  |"
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved, by file name."""
-    from matplotlib.figure import Figure
-
-    found, save = {}, Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, path, **kwargs: (
-            found.update({str(path).split("/")[-1]: self}),
-            save(self, path, **kwargs),
-        )[1],
-    )
-    return found
-
-
-def test_figures_are_drawn_from_what_runs_left(flags, run, world, tmp_path, capsys, drawn):
-    base, alone, score = str(tmp_path / "base"), tmp_path / "alone", {}
-    train.main(
-        [
-            *flags,
-            "--out_dir",
-            base,
-            "--sea_weight",
-            "0",
-            "--labels",
-            "",
-            "--save_every",
-            "3",
-            "--keep",
-            "0",
-        ]
-    )
-    (tmp_path / "q.json").write_text((world / "train.json").read_text())
-    data = [
-        "--data",
-        f"{tmp_path}/q.json",
-        "--image_folder",
-        f"{world}/images",
-        "--max_new_tokens",
-        "2",
-    ]
-    for kind, folder in (("baseline", base), ("SEA", run)):
-        score[kind] = [
-            evaluation.main(
-                ["vqa", "--model", f"{folder}/checkpoints/step_{step}", *data, "--name", name]
-            )[name]["all"]
-            for step in (3, 6)
-            for name in "abc"
-        ][2::3]
-    evaluation.main(
-        [
-            "figures",
-            "--model",
-            str(run),
-            "--baseline",
-            base,
-            "--out",
-            f"{tmp_path}/f",
-            "--samples",
-            "4",
-        ]
-    )
-    assert (
-        {path.name for path in (tmp_path / "f").iterdir()}
-        == {"tsne.png", "curves.png", "radar.png"}
-        == set(drawn)
-    )
-    panels = {axes.get_title(): axes for axes in drawn["curves.png"].axes}
-    assert set(panels) == {"val_tacs", "a all", "b all", "c all"}
-    lines = {line.get_label(): line for line in panels["c all"].lines}
-    assert {kind: [*line.get_ydata()] for kind, line in lines.items()} == score
-    for kind, folder in (("baseline", base), ("SEA", run)):
-        [line] = [line for line in panels["val_tacs"].lines if line.get_label() == kind]
-        assert [*line.get_ydata()] == [
-            m["val_tacs"]
-            for m in evaluation._lines(run.parent / folder / "metrics.jsonl")
-            if "val_tacs" in m
-        ]
-    [radar] = drawn["radar.png"].axes
-    assert [label.get_text().split("\n")[0] for label in radar.get_xticklabels()] == [
-        "a all",
-        "b all",
-        "c all",
-    ]
-    assert [axes.get_title() for axes in drawn["tsne.png"].axes] == ["baseline", "SEA"]
-    for axes in drawn["tsne.png"].axes:
-        assert {dots.get_label(): len(dots.get_offsets()) for dots in axes.collections}[
-            "visual tokens"
-        ] == 4 * 25
-    assert "no radar.png" not in capsys.readouterr().out
-    shutil.copytree(run / "model", alone)
-    with pytest.raises(UserError, match="must be training runs"):
-        evaluation.main(["figures", "--model", str(run), "--baseline", str(alone)])
-
-
-def test_curves_and_radars_show_the_values(tmp_path, drawn):
-    seeds = [{"m": {1: value, 2: 2 * value}} for value in (1.0, 3.0)]
-    evaluation.draw_curves({"a": seeds, "b": [{"m": {1: 5.0}}]}, {"m": "Title"}, tmp_path / "c.png")
-    [axes] = drawn["c.png"].axes
-    assert [[*line.get_ydata()] for line in axes.lines] == [[2, 4], [5]]
-    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == (1, 6)
-    scores = {"a": {"x": 1.0, "y": 4.0, "z": 2.0}, "b": {"x": 2.0, "y": 3.0, "z": 2.0}}
-    evaluation.draw_radar(scores, tmp_path / "r.png")
-    assert [[*line.get_ydata()] for line in drawn["r.png"].axes[0].lines] == [
-        [0.5, 1, 1, 0.5],
-        [1, 0.75, 1, 1],
-    ]
-
-
-def test_a_missing_package_is_asked_for_by_name():
-    with pytest.raises(UserError, match="figures need no_such_package: pip install"):
-        evaluation.need("no_such_package.part")

@@ -1,0 +1,219 @@
+"""Every picture, and the histories of training runs that curves and radars are drawn from.
+
+draw_words needs only Pillow. The others need matplotlib, and draw_tsne scikit-learn; they are
+imported where they are used.
+"""
+
+import collections
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image, to_tensor
+from torchvision.utils import save_image
+
+from data import UserError, read_json_lines
+
+# ------------------------------------------------------------------------------- words over patches
+
+# Colours of the most frequent words of a sheet, the most frequent first; all others are grey.
+PALETTE = (
+    "#ff0000 #00d000 #0040ff #ffe000 #ff00ff #00e0ff #ff8000 #8000ff #006000 #a0ff00 #ff80c0 "
+    "#008080 #804000 #0000a0 #ffb060 #a00060 #00ffa0 #80a0ff #808000 #c060ff"
+)
+CELL = 48  # pixels along the side of a patch: room for a word
+
+
+def draw_words(pictures, grid, columns, file):
+    """A sheet of pictures in `columns` columns, each patch in the colour of its word (Figure 1a).
+
+    pictures: (pixels [3, S, S] in 0..1, its m words), "" for a patch without a word. A picture with
+    no words at all, (pixels, []), shows the plain image. grid: (H, W) patches.
+    """
+    counts = collections.Counter(word for _, words in pictures for word in words)
+    by_frequency = [word for word, _ in counts.most_common() if word]
+    palette = itertools.chain(PALETTE.split(), itertools.repeat("#808080"))
+    colors = dict(zip(by_frequency, palette))
+    tiles = [draw_tile(pixels, words, grid, colors) for pixels, words in pictures]
+    save_image(tiles, file, nrow=columns, padding=12, pad_value=1)
+    print(f"wrote {file}")
+
+
+def draw_tile(pixels, words, grid, colors):
+    """A picture of the sheet, above its W most frequent words and their numbers of patches."""
+    H, W = grid
+    image = to_pil_image(pixels.clamp(0, 1)).resize((W * CELL, H * CELL), Image.Resampling.LANCZOS)
+    tile = Image.new("RGB", (W * CELL, (H + 1) * CELL + 8), "white")
+    tile.paste(image.convert("L") if words else image)
+    cells = [(word, word) for word in words]
+    for word, count in collections.Counter(filter(None, words)).most_common(W):
+        cells.append((word, f"{word}\n{count}"))
+
+    draw = ImageDraw.Draw(tile, "RGBA")
+    for i, (word, text) in enumerate(cells):
+        if word:
+            row, column = divmod(i, W)
+            left = column * CELL
+            top = row * CELL + 8 * (row == H)  # the legend stands apart from the image
+            box = (left, top, left + CELL - 1, top + CELL - 1)
+            draw.rectangle(box, colors[word] + "64")  # 40 % opaque
+            draw.text(
+                (left + CELL / 2, top + CELL / 2),
+                text,
+                "white",
+                ImageFont.load_default(min(CELL / 4, 1.7 * CELL / len(word))),
+                anchor="mm",
+                align="center",
+                stroke_width=1,
+                stroke_fill="black",
+            )
+    return to_tensor(tile)
+
+
+# ------------------------------------------------------------------------ measures of training runs
+
+
+def history(folder):
+    """All measurements of a training run -> {measure: {step: value}}; later ones win.
+
+    From metrics.jsonl, eval.jsonl ({"pope": {"f1": ...}} is named "pope f1"), and the result files
+    of lmms-eval and lm-evaluation-harness anywhere in the folder ("mmlu all"), of the last step_N
+    in their path, else the run's last step.
+    """
+    folder = Path(folder)
+    lines = read_json_lines(folder / "metrics.jsonl")
+    last_step = lines[-1]["step"]
+    if (folder / "eval.jsonl").exists():
+        lines += read_json_lines(folder / "eval.jsonl")
+    for file in sorted(folder.rglob("*results*.json"), key=lambda file: file.name):  # by time
+        step = step_in(file.relative_to(folder)) or last_step
+        lines.append({"step": step} | harness_scores(file))
+
+    measures = collections.defaultdict(dict)
+    for line in lines:
+        for name, value in line.items():
+            parts = value if isinstance(value, dict) else {"": value}
+            for part, number in parts.items():
+                measures[f"{name} {part}".strip()][line["step"]] = number
+    return measures
+
+
+def harness_scores(file):
+    """{task: {"all": score}} of a result file. The score is the task's first metric named CIDEr,
+    pair accuracy or f1, else its first; a group of tasks stands for its tasks."""
+    scores = {}
+    try:
+        content = json.loads(file.read_text())
+        members = [*itertools.chain(*content.get("group_subtasks", {}).values())]
+        for task, values in content["results"].items():
+            metrics = [k for k, v in values.items() if isinstance(v, float) and "stderr" not in k]
+            metrics.sort(key=lambda name: not re.search("CIDEr|pair|f1", name))
+            if metrics and task not in members:
+                scores[task] = {"all": values[metrics[0]]}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{file}: not what lmms-eval or lm-evaluation-harness writes ({e!r}); move it out of "
+            "the run's folder"
+        ) from e
+    return scores
+
+
+def step_in(path):
+    """The number of the last step_N in a path, or None."""
+    steps = re.findall(r"step_(\d+)", str(path))
+    return int(steps[-1]) if steps else None
+
+
+def draw_curves(runs, measures, file):
+    """Measures over the steps of training, a panel each: mean over seeds, their range as a band.
+
+    runs: {kind: [history, one for each seed]}, measures: {measure: title}. Measures that a run has
+    at one step or none are left out.
+    """
+    import matplotlib.pyplot as plt
+
+    histories = [*itertools.chain(*runs.values())]
+    names = [name for name in measures if all(len(h.get(name, ())) > 1 for h in histories)]
+    if not names:
+        print(f"no {file}: it takes a measure at several steps of every run (--val_data)")
+        return
+
+    width = 5 * len(names)
+    figure, panels = plt.subplots(1, len(names), squeeze=False, figsize=(width, 4))
+    for axes, name in zip(panels[0], names):
+        for kind, seeds in runs.items():
+            steps = sorted(set.intersection(*(set(seed[name]) for seed in seeds)))
+            values = np.array([[seed[name][step] for step in steps] for seed in seeds])
+            axes.plot(steps, values.mean(0), marker="o", markersize=3, label=kind)
+            axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2)
+        axes.set(title=measures[name], xlabel="steps")
+        axes.legend()
+    save_figure(figure, file)
+
+
+def draw_radar(scores, file):
+    """Benchmarks around a circle (Figure 3b), each as a share of its best score, from 0 in the
+    middle to 1; the labels give the scores. scores: {kind: {benchmark: score}}."""
+    import matplotlib.pyplot as plt
+
+    names = sorted(set.intersection(*map(set, scores.values())))
+    if len(names) < 3:
+        print(f"no {file}: it takes three benchmarks that were measured for every run")
+        return
+
+    values = np.array([[score[name] for name in names] for score in scores.values()])
+    shares = values / values.max(0).clip(1e-9)
+    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+    figure, axes = plt.subplots(figsize=(8, 6), subplot_kw={"projection": "polar"})
+    for i, kind in enumerate(scores):
+        axes.fill(angles, shares[i], fill=False, edgecolor=f"C{i}", label=kind)
+    labels = []
+    for name, column in zip(names, values.T):
+        labels.append(f"{name}\n" + " / ".join(f"{value:.3g}" for value in column))
+    axes.set_ylim(0, 1)
+    axes.set_xticks(angles, labels)
+    axes.tick_params("x", pad=36)  # labels stand beside the circle, not over it
+    figure.legend(loc="lower left", title="share of the best score")
+    save_figure(figure, file)
+
+
+# --------------------------------------------------------------------------------- token embeddings
+
+
+def draw_tsne(groups, file, most=1000):
+    """Token embeddings in a common t-SNE (Figure 2), a panel for each kind of run.
+
+    groups: {kind: {name: [N, D]}}; at most `most` of each are drawn, evenly spaced.
+
+    PAPER: the distance is the cosine's, as in Eq. 4 and TACS. In Euclid's the norms alone would
+    part visual tokens from words, however well aligned.
+    """
+    import matplotlib.pyplot as plt
+    from sklearn.manifold import TSNE
+
+    parts = {}
+    for kind, tokens in groups.items():
+        for name, x in tokens.items():
+            parts[kind, name] = x[:: math.ceil(len(x) / most)].float().cpu().numpy()
+    tsne = TSNE(metric="cosine", init="random", random_state=0)
+    points = tsne.fit_transform(np.concatenate([*parts.values()]))
+    ends = np.cumsum([len(part) for part in parts.values()])
+
+    figure, panels = plt.subplots(1, len(groups), squeeze=False, figsize=(5 * len(groups), 5))
+    panels = dict(zip(groups, panels[0]))
+    for kind, axes in panels.items():
+        axes.set(title=kind, xticks=[], yticks=[])
+        axes.set_prop_cycle(color=["tab:orange", "tab:blue", "gold"])
+    for (kind, name), places in zip(parts, np.split(points, ends)):
+        panels[kind].scatter(*places.T, s=8, label=name)
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=3)
+    save_figure(figure, file)
+
+
+def save_figure(figure, file):
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+    print(f"wrote {file}")

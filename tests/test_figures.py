@@ -1,0 +1,281 @@
+"""What pictures show, read back from pixels and axes, and the histories they are drawn from."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import figures
+import train
+from data import UserError, read_json_lines
+from figures import draw_curves, draw_radar, draw_tsne, draw_words, history
+
+# ------------------------------------------------------------------------------- words over patches
+
+
+def test_each_patch_has_the_colour_of_its_word(tmp_path):
+    """A red and a blue image of 2 x 2 patches, each alone and beside its words."""
+    side = figures.CELL
+    step = 2 * side + 12  # from one picture to the next
+    images = [((255, 0, 0), 76), ((0, 0, 255), 29)]  # and the luminance of that colour
+    words = [["sky", "wall", "wall", ""], ["door", "door", "", "wall"]]
+    pictures = []
+    for (color, _), of_patches in zip(images, words):
+        pixels = torch.tensor(color).float().view(3, 1, 1).expand(3, 30, 30) / 255
+        pictures += [(pixels, []), (pixels, of_patches)]
+    draw_words(pictures, (2, 2), 4, tmp_path / "out.png")
+    sheet = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")).astype(int)
+    assert sheet.shape == (12 + 3 * side + 8 + 12, 12 + 4 * step, 3)
+    assert (sheet[:12] == 255).all() and (sheet[:, step : step + 12] == 255).all()
+
+    tints = {}
+    for k, ((color, grey), of_patches) in enumerate(zip(images, words)):
+        plain = sheet[12:, 12 + 2 * k * step :][:, : 2 * side]
+        assert (np.abs(plain[: 2 * side] - color) <= 1).all()
+        assert (plain[2 * side :] == 255).all()  # no legend
+        named = sheet[12:, 12 + (2 * k + 1) * step :][:, : 2 * side]
+        for patch, word in enumerate(of_patches):
+            cell = named[patch // 2 * side :, patch % 2 * side :][:side, :side]
+            if not word:
+                assert (np.abs(cell - grey) <= 1).all()
+                continue
+            tint = (cell[1, 1] - grey * (1 - 100 / 255)) * 255 / 100  # of 100 / 255 opacity
+            assert np.abs(tints.setdefault(word, tint) - tint).max() <= 5  # in both pictures
+            assert (np.abs(cell[:6] - cell[1, 1]) <= 1).all()
+            assert (np.abs(cell - cell[1, 1]) > 50).any()  # the word is written there
+
+        legend = named[2 * side + 8 :]
+        by_count = sorted(set(of_patches) - {""}, key=of_patches.count, reverse=True)
+        for i, word in enumerate(by_count):
+            tint = (legend[1, i * side + 1] - 255 * (1 - 100 / 255)) * 255 / 100
+            assert np.abs(tint - tints[word]).max() <= 5
+    assert len({tuple((tint / 20).round()) for tint in tints.values()}) == 3
+
+
+def test_rare_words_are_grey_and_words_fit_their_patch(tmp_path):
+    many = [f"word{i}" for i in range(24)] * 2 + ["x" * 40]
+    draw_words([(torch.zeros(3, 49, 49), many)], (7, 7), 1, tmp_path / "out.png")
+    sheet = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")).astype(int)
+    assert sheet.shape == (8 * 48 + 8, 7 * 48, 3)  # a picture alone has no border
+    corners = [tuple(sheet[i // 7 * 48 + 1, i % 7 * 48 + 1]) for i in range(49)]
+    greys = [max(corner) - min(corner) <= 1 for corner in corners]
+    assert greys[:20] == [False] * 20 and greys[20:24] == [True] * 4 and greys[48]
+    assert len(set(corners[:20])) == 20
+    cell = sheet[6 * 48 : 7 * 48, 6 * 48 : 7 * 48]
+    inside = np.abs(cell - cell[1, 1]).sum(-1) > 0
+    assert inside.any() and not inside[:, [0, -1]].any()  # 40 letters, small
+
+
+def test_the_sheet_of_words_needs_no_matplotlib(tmp_path):
+    """Run where importing matplotlib or scikit-learn fails."""
+    code = (
+        "import sys; sys.modules['matplotlib'] = sys.modules['sklearn'] = None\n"
+        "import torch, figures\n"
+        "figures.draw_words([(torch.zeros(3, 8, 8), ['a'])], (1, 1), 1, sys.argv[1])"
+    )
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "o.png")], cwd=root, check=True)
+    assert (tmp_path / "o.png").exists()
+
+
+# ------------------------------------------------------------------------ measures of training runs
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "two_step_9"  # no step of this run
+    (folder / "vqa").mkdir(parents=True)
+    metrics = [{"step": 1, "val_tacs": 0.1}, {"step": 2, "val_tacs": 0.2}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    return folder
+
+
+def test_a_history_joins_what_runs_and_tools_wrote(run_folder):
+    assert history(run_folder)["val_tacs"] == {1: 0.1, 2: 0.2}  # without an eval.jsonl
+    lines = [
+        {"step": 1, "pope": {"f1": 0.5, "coco": {"f1": 0.4}}},
+        {"step": 1, "pope": {"f1": 0.6}},
+        {"step": 2, "qa": {"all": 1}, "D": 3.0},
+    ]
+    (run_folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mmlu = {
+        "mmlu": {"alias": "mmlu", "sample_len": 9, "acc_stderr,none": 0.1, "acc,none": 0.35},
+        "mmlu_stem": {"acc,none": 0.1},
+        "mmlu_virology": {"acc,none": 0.2},
+    }
+    groups = {"mmlu": ["mmlu_stem"], "mmlu_stem": ["mmlu_virology"]}
+    pope = {
+        "alias": "pope",
+        "pope_accuracy,none": 0.7,
+        "pope_accuracy_stderr,none": "N/A",
+        "pope_f1_score,none": 0.75,
+        "pope_f1_score_stderr_clt,none": 0.0,
+    }
+    newer = {
+        "pope": pope | {"pope_f1_score,none": 0.8},
+        "coco": {"coco_Bleu_4,none": 0.2, "coco_CIDEr,none": 0.9},
+        "mmvp": {"mmvp_accuracy,none": 0.6, "mmvp_pair_accuracy,none": 0.3},
+        "broken": {"alias": "x", "submission,none": None},
+    }
+    files = {
+        "lmms/x__model/20261124_081430_results.json": {"results": {"pope": pope}},
+        "lmms/a__model/20261124_081431_results.json": {"results": newer},
+        "lm/step_7__step_1/results_2026-11-24T00-15-22.398486.json": {
+            "results": mmlu,
+            "group_subtasks": groups,
+        },
+    }
+    for name, content in files.items():
+        (run_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_folder / name).write_text(json.dumps(content))
+    found = history(run_folder)
+    assert found["val_tacs"] == {1: 0.1, 2: 0.2} and found["D"] == {2: 3.0}
+    assert found["pope f1"] == {1: 0.6}
+    assert {name: steps for name, steps in found.items() if name.endswith(" all")} == {
+        "pope all": {2: 0.8},
+        "coco all": {2: 0.9},
+        "mmvp all": {2: 0.3},
+        "mmlu all": {1: 0.35},
+        "qa all": {2: 1},
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ['{"id": 1}\n{"id": 2}', '{"results": 3}', '{"results": {"a": 3}}']
+)
+def test_a_file_that_only_looks_like_results_is_named(run_folder, text):
+    (run_folder / "vqa/my_results.json").write_text(text)
+    with pytest.raises(UserError, match="my_results.json: not what lmms-eval .* move it out"):
+        history(run_folder)
+
+
+def test_which_measures_figures_show():
+    shown = ("val_tacs", "tacs", "pope f1", "gqa all")
+    hidden = ("true all", "words all", "pope coco_pope_random f1", "qa open", "D", "val_loss")
+    assert all(re.fullmatch(evaluation.SCORES, name) for name in shown)
+    assert not any(re.fullmatch(evaluation.SCORES, name) for name in hidden)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, by file name."""
+    from matplotlib.figure import Figure
+
+    found = {}
+    save = Figure.savefig
+
+    def record(self, file, **kwargs):
+        found[Path(file).name] = self
+        save(self, file, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return found
+
+
+def test_curves_are_the_mean_and_the_range_over_seeds(tmp_path, drawn, capsys):
+    seeds = [{"m": {1: value, 2: 2 * value}, "once": {1: 1.0}} for value in (1.0, 3.0)]
+    seeds[0]["m"][3] = 9.0  # only one seed has got this far
+    runs = {"a": seeds, "b": [{"m": {1: 5.0, 2: 5.0}, "once": {1: 1.0, 2: 2.0}}]}
+    draw_curves(runs, {"m": "Title", "once": "Once", "none": "None"}, tmp_path / "c.png")
+    [axes] = drawn["c.png"].axes
+    assert axes.get_title() == "Title"
+    curves = {line.get_label(): [*zip(*line.get_data())] for line in axes.lines}
+    assert curves == {"a": [(1, 2), (2, 4)], "b": [(1, 5), (2, 5)]}
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (1, 6)
+    draw_curves(runs, {"once": "Once"}, tmp_path / "none.png")
+    assert "none.png: it takes a measure at several steps" in capsys.readouterr().out
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_radar_shows_shares_of_the_best_on_a_scale_from_0_to_1(tmp_path, drawn, capsys):
+    scores = {
+        "a": {"x": 1.0, "y": 4.0, "z": 2.0, "only a": 1.0, "zero": 0.0},
+        "b": {"x": 2.0, "y": 3.0, "z": 2.0, "zero": 0.0},
+    }
+    draw_radar(scores, tmp_path / "r.png")
+    [axes] = drawn["r.png"].axes
+    assert axes.get_ylim() == (0, 1)
+    shares = {patch.get_label(): patch.get_xy()[:4, 1].tolist() for patch in axes.patches}
+    assert shares == {"a": [0.5, 1, 1, 0], "b": [1, 0.75, 1, 0]}
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["x\n1 / 2", "y\n4 / 3", "z\n2 / 2", "zero\n0 / 0"]
+    draw_radar({"a": {"x": 1.0, "y": 1.0}}, tmp_path / "none.png")
+    assert "none.png: it takes three benchmarks" in capsys.readouterr().out
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_tsne_parts_what_points_elsewhere_whatever_its_norm(tmp_path, drawn):
+    """Visual tokens of a run point where words do, but are ten times as long; those of the other
+    point away from them."""
+    g = torch.Generator().manual_seed(0)
+    words = torch.randn(60, 8, generator=g) * 0.1 + torch.eye(8)[0]
+    near = (torch.randn(150, 8, generator=g) * 0.1 + torch.eye(8)[0]) * 10
+    away = torch.randn(150, 8, generator=g) * 0.1 - torch.eye(8)[0]
+    groups = {
+        kind: {"visual tokens": x.bfloat16(), "LLM's embeddings": words, "text tokens": words[:9]}
+        for kind, x in (("SEA", near), ("baseline", away))
+    }
+    draw_tsne(groups, tmp_path / "t.png", most=50)
+    places = {}
+    for axes in drawn["t.png"].axes:
+        for dots in axes.collections:
+            places[axes.get_title(), dots.get_label()] = np.array(dots.get_offsets())
+    counts = {name: len(found) for (_, name), found in places.items()}
+    assert counts == {"visual tokens": 50, "LLM's embeddings": 30, "text tokens": 9}
+
+    def distance(kind):
+        middle = places[kind, "LLM's embeddings"].mean(0)
+        spread = places[kind, "LLM's embeddings"].std()
+        return np.linalg.norm(places[kind, "visual tokens"].mean(0) - middle) / spread
+
+    assert distance("baseline") > 1.5 > 3 * distance("SEA")
+
+
+def test_figures_are_drawn_from_what_runs_left(flags, world, tmp_path, capsys, drawn):
+    folders = {"baseline": tmp_path / "base", "SEA": tmp_path / "sea"}
+    without_sea = ["--sea_weight", "0", "--labels", ""]
+    for kind, folder in folders.items():
+        more = without_sea if kind == "baseline" else []
+        train.main([*flags, "--out_dir", str(folder), "--save_every", "3", "--keep", "0", *more])
+    shutil.copy(world / "train.json", tmp_path / "q.json")
+    data = ["--data", f"{tmp_path}/q.json", "--image_folder", f"{world}/images"]
+    data += ["--max_new_tokens", "2", "--workers", "0"]
+    scores = {kind: [] for kind in folders}
+    for kind, folder in folders.items():
+        for step in (3, 6):
+            checkpoint = ["--model", f"{folder}/checkpoints/step_{step}"]
+            for name in "abc":
+                result = evaluation.main(["vqa", *checkpoint, *data, "--name", name])
+            scores[kind].append(result["c"]["all"])
+
+    both = ["--model", str(folders["SEA"]), "--baseline", str(folders["baseline"])]
+    evaluation.main(["figures", *both, "--out", f"{tmp_path}/f", "--samples", "4"])
+    assert {file.name for file in (tmp_path / "f").iterdir()} == set(drawn)
+    assert set(drawn) == {"tsne.png", "curves.png", "radar.png"}
+    panels = {axes.get_title(): axes for axes in drawn["curves.png"].axes}
+    assert set(panels) == {"val_tacs", "a all", "b all", "c all"}
+    lines = {line.get_label(): line for line in panels["c all"].lines}
+    assert {kind: [*line.get_ydata()] for kind, line in lines.items()} == scores
+    for line in panels["val_tacs"].lines:
+        metrics = read_json_lines(folders[line.get_label()] / "metrics.jsonl")
+        assert [*line.get_ydata()] == [m["val_tacs"] for m in metrics if "val_tacs" in m]
+    [radar] = drawn["radar.png"].axes
+    names = [label.get_text().split("\n")[0] for label in radar.get_xticklabels()]
+    assert names == ["a all", "b all", "c all"]
+
+    assert [axes.get_title() for axes in drawn["tsne.png"].axes] == ["baseline", "SEA"]
+    for axes in drawn["tsne.png"].axes:
+        counts = {dots.get_label(): len(dots.get_offsets()) for dots in axes.collections}
+        assert counts["visual tokens"] == 4 * 25
+    shutil.copytree(folders["SEA"] / "model", tmp_path / "elsewhere/alone")
+    with pytest.raises(UserError, match="alone: not of a training run"):
+        evaluation.main(["figures", *both[:3], str(tmp_path / "elsewhere/alone")])
