@@ -55,10 +55,8 @@ def sea_loss(
     holds the whole batch. Ranks may hold different numbers of images.
     """
     if visual_tokens.shape[:2] != label_ids.shape[:2] or label_ids.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
-            f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)} must "
-            f"both be [B, {grid[0]} x {grid[1]}, ...]"
-        )
+        found = f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)}"
+        raise ValueError(f"{found} must both be [B, {grid[0]} x {grid[1]}, ...]")
     patches, labels, priority = sample_pairs(label_ids, label_scores, grid, window, generator)
     x = visual_tokens.flatten(0, 1)[patches.to(visual_tokens.device)]  # (S, D), S = B * windows
     is_own = torch.ones_like(labels, dtype=torch.bool)
@@ -73,7 +71,11 @@ def sea_loss(
     loss = contrastive_loss(x, t, log_scale, own)
     if gather:
         loss = loss * dist.get_world_size()
-    return loss, {"pairs": len(own), "matched": count_matched(x, t, own)}
+
+    with torch.no_grad():
+        cosine = F.normalize(x[own].float(), dim=-1) @ F.normalize(t.float(), dim=-1).T
+        is_nearest = (cosine <= cosine.gather(1, own.unsqueeze(1))).all(-1)
+    return loss, {"pairs": len(own), "matched": is_nearest.sum()}
 
 
 def total_loss(loss_g, loss_a, sea_weight):
@@ -203,18 +205,6 @@ def contrastive_loss(x, t, log_scale, rows=slice(None)):
         x_to_t = F.cross_entropy(scale * x[rows] @ t.T, target, reduction="sum")
         t_to_x = F.cross_entropy(scale * t[rows] @ x.T, target, reduction="sum")
     return (x_to_t + t_to_x) / (2 * len(x))
-
-
-@torch.no_grad()
-def count_matched(x, t, rows):
-    """How many of the visual tokens x[rows] have their own word feature as the nearest, by cosine.
-
-    x, t [N, D], rows [R] int64 -> int64 scalar.
-    """
-    if len(rows) == 0:
-        return rows.sum()
-    cosine = F.normalize(x[rows].float(), dim=-1) @ F.normalize(t.float(), dim=-1).T
-    return (cosine.argmax(-1) == rows).sum()
 
 
 def _at_least_float32(x):

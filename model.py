@@ -5,6 +5,7 @@ it: where models come from (parts, runs, checkpoints, Llava folders), and how th
 Generating, tied weights, and the format of a saved folder are transformers' own.
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -34,7 +35,6 @@ from transformers import (
 from adapter import Adapter
 from data import (
     IGNORE,
-    IMAGE_TOKEN,
     UserError,
     image_processor,
     prepare_tokenizer,
@@ -80,9 +80,9 @@ class SEAModel(nn.Module):
         self.preprocess = preprocess
         self.parts = parts
         self.image_token_id = llava.config.image_token_id
-        side = preprocess["size"] // self.vision_tower.config.patch_size
+        self.image_tokens = llava.config.image_seq_length
+        side = math.isqrt(self.image_tokens)
         self.grid = (side, side)
-        self.image_tokens = side * side
         # Rows of the embedding that only make room for <image> stand for no word: never predicted.
         no_words = llava.generation_config.suppress_tokens or []
         self.vocabulary_size = self.embed_tokens.weight.shape[0] - len(no_words)
@@ -97,9 +97,7 @@ class SEAModel(nn.Module):
         label_ids=None,
         label_scores=None,
         num_targets=None,
-        window=2,
-        generator=None,
-        gather_pairs=False,
+        **sampling,
     ):
         """A batch of data.collate -> dict of loss_g (Eq. 12) and, with labels, loss_a (Eq. 11).
 
@@ -109,6 +107,7 @@ class SEAModel(nn.Module):
 
         PAPER: L_g is a mean over the trained tokens. num_targets is what their sum is divided by,
         for a mean over several micro-batches and ranks; by default the number in this batch.
+        sampling: window, generator and gather of loss.sea_loss.
         """
         visual_tokens = self.visual_tokens(pixels)  # Eq. 1
         is_image = input_ids == self.image_token_id
@@ -139,9 +138,7 @@ class SEAModel(nn.Module):
                 self.word_features,
                 self.log_scale,
                 self.grid,
-                window,
-                generator,
-                gather_pairs,
+                **sampling,
             )
             out.update(counts)
         return out
@@ -174,11 +171,10 @@ class SEAModel(nn.Module):
         labels [N] -> [N, D].
         """
         words = [self.word_token_ids[label] for label in labels.tolist()]
-        starts = itertools.accumulate((len(token_ids) for token_ids in words), initial=0)
-        offsets = torch.tensor(list(starts)[:-1], dtype=torch.int64, device=self.device)
+        ends = torch.tensor([0, *map(len, words)], device=self.device).cumsum(0)
         token_ids = list(itertools.chain.from_iterable(words))
         token_ids = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
-        features = word_features(self.embed_tokens.weight, token_ids, offsets)
+        features = word_features(self.embed_tokens.weight, token_ids, offsets=ends[:-1])
         return features * self.adapter.output_scale  # as the embedding layer scales its rows
 
     @torch.no_grad()
@@ -264,8 +260,6 @@ def assemble(tower, llm, tokenizer, image_size):
     words = llm.config.vocab_size
     if len(tokenizer) > words:  # <image> has no row in the embedding
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-        for layer in (llm.get_input_embeddings(), llm.get_output_embeddings()):
-            layer.weight.data[words:] = 0
 
     # Copies, for LlavaConfig changes the configs it is given, and with them the running models.
     config = LlavaConfig(
@@ -294,20 +288,15 @@ def assemble(tower, llm, tokenizer, image_size):
 
 def refuse_llm(llm):
     """Raise UserError if transformers' Llava would not compute what this LLM computes."""
-    reason = None
+    misfit = f"--llm: {type(llm).__name__} does not fit into transformers' Llava, which"
     for name, neutral in LOGIT_CHANGES.items():
         if getattr(llm.config, name, neutral) != neutral:
-            reason = f"its {name} changes the logits after the LM head, which Llava leaves out"
+            raise UserError(f"{misfit} leaves out {name}, by which it changes its logits")
     modules = [name for name, _ in llm.named_children()]
     if modules != ["model", "lm_head"] or not hasattr(llm.model, "embed_tokens"):
-        reason = "it is not a decoder with embed_tokens and an LM head"
-    elif llm.lm_head.bias is not None:
-        reason = "its LM head has a bias"
-    if reason:
-        raise UserError(
-            f"--llm: {type(llm).__name__} does not fit into transformers' Llava: {reason}; choose "
-            "another LLM"
-        )
+        raise UserError(f"{misfit} takes a decoder with embed_tokens and an LM head")
+    if llm.lm_head.bias is not None:
+        raise UserError(f"{misfit} takes an LM head without bias")
 
 
 def embedding_scale(llm):
@@ -336,14 +325,15 @@ def generation_config(llm, tokenizer, suppress_tokens):
 
 def load_vision(name, dtype, meta=False):
     """A CLIP, SigLIP or DINOv2 vision tower from a hub name or folder."""
-    config = _from_pretrained(AutoConfig, name)
-    config = getattr(config, "vision_config", config)  # of a whole CLIP, text tower and all
-    if config.model_type not in TOWERS:
-        raise UserError(
-            f"{name}: not a vision tower of a known kind (model_type {config.model_type!r}; known: "
-            f"{', '.join(TOWERS)})"
-        )
-    return _load(AutoModel, name, config, dtype, meta)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name)
+        config = getattr(config, "vision_config", config)  # of a whole CLIP, text tower and all
+        if config.model_type not in TOWERS:
+            known = ", ".join(TOWERS)
+            raise UserError(
+                f"{name}: not a vision tower, but a {config.model_type} (known: {known})"
+            )
+        return fill(AutoModel, name, config, dtype, meta)
 
 
 def load_llm(name, dtype, meta=False):
@@ -355,36 +345,39 @@ def load_llm(name, dtype, meta=False):
             raise UserError(f"{file}: no such GGUF file (--llm)")
         name = file.parent
         kwargs = {"gguf_file": file.name}
-    tokenizer = _from_pretrained(AutoTokenizer, name, **kwargs)
-    config = _from_pretrained(AutoConfig, name, **kwargs)
-    llm = _load(AutoModelForCausalLM, name, config, dtype, meta, **kwargs)
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        config = AutoConfig.from_pretrained(name, **kwargs)
+        llm = fill(AutoModelForCausalLM, name, config, dtype, meta, **kwargs)
     if kwargs:  # its weights are plain numbers now, but transformers would refuse to save them
         llm.hf_quantizer = None
         del llm.config.quantization_config
     return llm, tokenizer
 
 
-def _load(auto_class, name, config, dtype, meta, **kwargs):
+@contextlib.contextmanager
+def loading(name):
+    """Turn transformers' errors about a hub name or folder into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(
+            f"{name}: cannot be loaded ({reason}); give a folder with all its files or the name of "
+            "a hub model that you have access to"
+        ) from e
+
+
+def fill(auto_class, name, config, dtype, meta=False, **kwargs):
+    """A model with its weights, all of them; meta: with none."""
     if meta:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=dtype)
-    return _from_pretrained(auto_class, name, config=config, dtype=dtype, **kwargs)
-
-
-def _from_pretrained(cls, name, **kwargs):
-    """cls.from_pretrained of a hub name or folder; refuses weights that do not fill the model."""
-    try:
-        if cls in (AutoConfig, AutoTokenizer):
-            return cls.from_pretrained(name, **kwargs)
-        model, info = cls.from_pretrained(name, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise UserError(
-            f"{name}: cannot be loaded as {cls.__name__} ({str(e).strip().splitlines()[0]}); give "
-            "a folder with all its files or the name of a hub model that you have access to"
-        ) from e
+    model, info = auto_class.from_pretrained(
+        name, config=config, dtype=dtype, output_loading_info=True, **kwargs
+    )
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])[:3]
-        raise UserError(f"{name}: no weights for {missing} ... of {cls.__name__}")
+        raise UserError(f"{name}: has no weights for {sorted(info['missing_keys'])[:3]} ...")
     return model
 
 
@@ -399,9 +392,7 @@ def load_model(path, dtype=torch.float32):
     """
     folder = find_model(path)
     if (folder / "adapter.safetensors").is_file():
-        model = new_model(**part_names(folder), dtype=dtype)
-        load_adapter(model, folder / "adapter.safetensors")
-        return model
+        return load_adapter(folder, dtype)
     if (folder / "state.json").is_file():
         return load_finetune_checkpoint(folder, dtype)
     return load_llava(str(folder), dtype)
@@ -444,17 +435,17 @@ def part_names(folder):
         ) from e
 
 
-def load_adapter(model, file):
-    """Read the model's adapter and log_scale from an adapter.safetensors."""
-    saved = load_file(file)
+def load_adapter(folder, dtype):
+    """A new model of the parts that folder/adapter.safetensors names, with its weights."""
+    model = new_model(**part_names(folder), dtype=dtype)
+    saved = load_file(folder / "adapter.safetensors")
     try:
         model.log_scale.data.copy_(saved.pop("log_scale"))
-        adapter = {name.removeprefix("adapter."): w for name, w in saved.items()}
-        model.adapter.load_state_dict(adapter)
+        model.adapter.load_state_dict({k.removeprefix("adapter."): w for k, w in saved.items()})
     except (KeyError, RuntimeError) as e:
-        raise UserError(
-            f"{file}: not of this vision tower and LLM ({' '.join(str(e).split())})"
-        ) from e
+        reason = " ".join(str(e).split())
+        raise UserError(f"{folder}: not of this vision tower and LLM ({reason})") from e
+    return model
 
 
 def load_finetune_checkpoint(folder, dtype):
@@ -463,16 +454,13 @@ def load_finetune_checkpoint(folder, dtype):
     try:
         model = load_model(config["init"], dtype)
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        trained = {name for name in saved if name.startswith("model.")}  # the others: optimizer
         own = {f"model.{name}": w for name, w in model.state_dict().items()}
-        if unknown := sorted(trained - own.keys()):
-            raise UserError(
-                f"{config['init']} has no {unknown[0]}; it must be what the run started from, its "
-                "--init"
-            )
+        trained = [name for name in saved if name.startswith("model.")]  # the others: optimizer
         dcp.load({name: own[name] for name in trained}, checkpoint_id=folder, no_dist=True)
     except UserError as e:
         raise UserError(f"{folder}: {e}") from e
+    except KeyError as e:
+        raise UserError(f"{folder}: its run began with another --init; this one has no {e}") from e
     except (dcp.CheckpointException, OSError) as e:
         raise UserError(f"{folder}: truncated or corrupt; use another checkpoint") from e
     if config["image_mode"]:
@@ -482,8 +470,10 @@ def load_finetune_checkpoint(folder, dtype):
 
 def load_llava(name, dtype=torch.float32):
     """The model of a Llava folder or hub name, such as save_llava writes."""
-    llava = _from_pretrained(LlavaForConditionalGeneration, name, dtype=dtype)
-    config = llava.config
+    with loading(name):
+        config = AutoConfig.from_pretrained(name)
+        llava = fill(LlavaForConditionalGeneration, name, config, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     readable = {
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": select_strategy(config.vision_config),
@@ -497,16 +487,15 @@ def load_llava(name, dtype=torch.float32):
             f"have one of {', '.join(TOWERS)} and {readable}"
         )
 
-    tokenizer = _from_pretrained(AutoTokenizer, name)
     prepare_tokenizer(tokenizer)
     no_words = llava.generation_config.suppress_tokens
     llava.generation_config = generation_config(llava, tokenizer, no_words)
-    projector = llava.model.multi_modal_projector.float().state_dict()
-    d_llm, d_vision = projector["linear_1.weight"].shape
+    projector = llava.model.multi_modal_projector.float()
+    d_llm, d_vision = projector.linear_1.weight.shape
     adapter = Adapter(d_vision, d_llm, embedding_scale(llava))
-    for key in ("linear_2.weight", "linear_2.bias"):  # the saved ones include the scale
-        projector[key] = projector[key] / adapter.output_scale
-    adapter.load_state_dict(projector)
+    adapter.load_state_dict(projector.state_dict())
+    adapter.linear_2.weight.data /= adapter.output_scale  # saved ones include it
+    adapter.linear_2.bias.data /= adapter.output_scale
     llava.model.multi_modal_projector = adapter
     return SEAModel(llava, tokenizer, vision_preprocess(name), {"llava": str(name)})
 
@@ -516,10 +505,9 @@ def load_llava(name, dtype=torch.float32):
 
 def adapter_state(model):
     """Name -> tensor of the adapter and log_scale; every rank of a sharded model must call it."""
-    state = {f"adapter.{name}": p for name, p in model.adapter.named_parameters()}
-    state["log_scale"] = model.log_scale
-    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in state.items()}
-    return {name: p.detach() for name, p in whole.items()}
+    state = {f"adapter.{name}": p.detach() for name, p in model.adapter.named_parameters()}
+    state["log_scale"] = model.log_scale.detach()
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in state.items()}
 
 
 def full_state(model):
@@ -547,16 +535,14 @@ def save_llava(model, folder, state, dtype):
     config.save_pretrained(folder)
     model.llava.generation_config.save_pretrained(folder)
     strategy = config.vision_feature_select_strategy
-    processor = LlavaProcessor(
+    LlavaProcessor(
         image_processor(**model.preprocess),
         model.tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=int(strategy == "default"),  # the class token
-        image_token=IMAGE_TOKEN,
         chat_template=model.tokenizer.chat_template,
-    )
-    processor.save_pretrained(folder)
+    ).save_pretrained(folder)
 
 
 def portable_names(model, state):

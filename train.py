@@ -382,7 +382,7 @@ def train_step(run, batches, step):
                 num_targets=num_targets / world_size(),
                 window=cfg.window,
                 generator=sample_generators(cfg.seed, step - 1, index),
-                gather_pairs=cfg.gather_pairs,
+                gather=cfg.gather_pairs,
             )
             loss_a = out.get("loss_a", 0) / len(batches)  # the baseline has none
             total_loss(out["loss_g"], loss_a, cfg.sea_weight).backward()

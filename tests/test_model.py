@@ -239,15 +239,15 @@ def test_gemma_scales_inside_its_embedding_and_so_does_the_adapter(world):
         (Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8), "final_logit_softcapping"),
         (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling"),
         (CohereConfig(**SMALL), "logit_scale"),
-        (GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2), "not a decoder with"),
+        (GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2), "takes a decoder with"),
         (OPTConfig(vocab_size=400, hidden_size=16, ffn_dim=32, num_hidden_layers=1,
-                   num_attention_heads=2, word_embed_proj_dim=16), "not a decoder with"),
-        (PhiConfig(**SMALL), "its LM head has a bias"),
+                   num_attention_heads=2, word_embed_proj_dim=16), "takes a decoder with"),
+        (PhiConfig(**SMALL), "an LM head without bias"),
     ],
 )  # fmt: skip
 def test_an_llm_that_llava_would_compute_otherwise_is_refused(config, reason):
     llm = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match=f"{type(llm).__name__} does not fit .*: .*{reason}") as e:
+    with pytest.raises(UserError, match=f"{type(llm).__name__} does not fit .*{reason}") as e:
         refuse_llm(llm)
     assert "\n" not in str(e.value)
 
