@@ -349,33 +349,23 @@ def write_world(folder, n_train, n_val, seed):
 
 MEAN = 0.5  # of every channel
 STD = 0.25
-CLIP = {  # clip/open_clip_config.json
-    "model_cfg": {
-        "embed_dim": 128,
-        "vision_cfg": {
-            "image_size": SIDE,
-            "patch_size": PATCH,
-            "width": 96,
-            "layers": 3,
-            "head_width": 32,
-            "pool_type": "avg",
-        },
-        "text_cfg": {
-            "context_length": 32,
-            "vocab_size": 49408,
-            "width": 64,
-            "heads": 2,
-            "layers": 2,
-        },
+# what clip/open_clip_config.json says
+CLIP = json.loads("""
+{
+  "model_cfg": {
+    "embed_dim": 128,
+    "vision_cfg": {
+      "image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32,
+      "pool_type": "avg"
     },
-    "preprocess_cfg": {
-        "size": SIDE,
-        "mean": [MEAN] * 3,
-        "std": [STD] * 3,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    },
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+  },
+  "preprocess_cfg": {
+    "size": 64, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
+    "interpolation": "bicubic", "resize_mode": "shortest"
+  }
 }
+""")
 
 
 def train_clip(folder, seed, steps, batch=64):
