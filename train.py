@@ -301,9 +301,7 @@ def main(argv=None):
         toy.ensure()
     barrier()
     if Path(cfg.out_dir, "metrics.jsonl").exists() and not cfg.resume:
-        raise UserError(
-            f"{cfg.out_dir} holds a run already: --resume it, or choose another --out_dir"
-        )
+        raise UserError(f"{cfg.out_dir} holds a run already: --resume it, or use another --out_dir")
 
     model, dtype = build_model(cfg, device)
     train_set, val_set = build_data(cfg, model)
@@ -323,8 +321,6 @@ def main(argv=None):
     save_result(run)
     if log and cfg.stage == "pretrain":
         print(f"Look at its visual tokens: python eval.py words --model {cfg.out_dir}")
-        if cfg.preset == "toy":
-            print("Compare with the baseline, over three seeds: python toy.py report")
     barrier()
 
 
@@ -631,17 +627,14 @@ def save_checkpoint(run, step):
         unfinished.mkdir(parents=True)
     barrier()
     adapter = adapter_state(run.model)
-    dcp.save(training_state(run), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+    dcp.save(training_state(run), checkpoint_id=unfinished)
     barrier()
     if rank() == 0:
         if run.cfg.stage == "pretrain":  # for eval.py
             save_adapter(unfinished, adapter, run.model.parts)
-        state = {
-            "step": step,
-            "schedule": run.schedule.state_dict(),
-            "config": dataclasses.asdict(run.cfg),
-            "world": world_size(),
-        }
+        config = dataclasses.asdict(run.cfg)
+        schedule = run.schedule.state_dict()
+        state = dict(step=step, schedule=schedule, config=config, world=world_size())
         (unfinished / "state.json").write_text(json.dumps(state))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
@@ -662,21 +655,15 @@ def load_checkpoint(run):
     new = dataclasses.asdict(run.cfg)
     old["grad_accum x ranks"] = old["grad_accum"] * saved["world"]
     new["grad_accum x ranks"] = new["grad_accum"] * world_size()
-    for name in new.keys() - MAY_CHANGE_ON_RESUME:
+    for name in sorted(new.keys() - MAY_CHANGE_ON_RESUME):
         if old.get(name) != new[name]:
-            raise UserError(
-                f"--resume: this run has {name} = {new[name]}, the checkpoint {folder} {name} = "
-                f"{old.get(name)}"
-            )
+            differs = f"{name} = {new[name]}, the checkpoint {folder} {name} = {old.get(name)}"
+            raise UserError(f"--resume: this run has {differs}")
     state = training_state(run)
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.load(state, checkpoint_id=folder)
     except dcp.CheckpointException as e:
-        reason = next(iter(e.failures.values()))[0]
-        raise UserError(
-            f"{folder}: truncated or corrupt ({reason}); remove this folder to resume from the one "
-            "before"
-        ) from e
+        raise UserError(f"{folder}: truncated or corrupt; remove it to resume from another") from e
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
     run.schedule.load_state_dict(saved["schedule"])
     return saved["step"]
