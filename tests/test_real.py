@@ -26,6 +26,7 @@ import eval as evaluation
 import labels
 import train
 from data import IGNORE, encode_conversation
+from model import load_llm
 
 pytestmark = pytest.mark.real
 
@@ -131,6 +132,11 @@ def real(tmp_path_factory):
     torch.set_num_threads(1)
 
 
+def sheet_size(columns, rows):
+    """Of figures.draw_words: 24 x 24 patches of 48 pixels, a row of words, 12 pixels between."""
+    return columns * (24 * 48 + 12) + 12, rows * (25 * 48 + 8 + 12) + 12
+
+
 @pytest.fixture(scope="module")
 def store(real):
     """Words and labels of the photographs."""
@@ -169,10 +175,8 @@ def store(real):
     store = labels.LabelStore(real / "labels")
     assert len(store) == 6 and store[0][0].shape == (576, 10) and store.meta["grid"] == [24, 24]
     labels.main(["show", "--labels", f"{real}/labels", "--out", f"{real}/labels.png"])
-    width, height = Image.open(
-        real / "labels.png"
-    ).size  # two images in a row, each plain and labelled
-    assert width == 4 * (24 * 40 + 12) + 12 and 0 <= height - 2 * (24 * 40 + 12) - 12 <= 2 * 2 * 20
+    # two images in a row, each plain and labelled
+    assert Image.open(real / "labels.png").size == sheet_size(columns=4, rows=2)
     return real / "labels"
 
 
@@ -186,12 +190,13 @@ def trained(monkeypatch):
 
 @pytest.fixture(scope="module")
 def stage_1(real, store):
-    """A pretraining with --export: its out_dir, its model, and a copy of the LLM's weights from before it."""
+    """A pretraining with --export: its out_dir, its model, a copy of the LLM's weights before it."""
     models, build = [], train.build_model
 
     def remember(*args):
         model, dtype = build(*args)
-        models.append((model, {name: w.clone() for name, w in model.llm.state_dict().items()}))
+        decoder = model.llava.model.language_model
+        models.append((model, {name: w.clone() for name, w in decoder.state_dict().items()}))
         return model, dtype
 
     with pytest.MonkeyPatch.context() as patch:
@@ -242,20 +247,18 @@ def test_stage_1_trains_the_adapter_and_nothing_else(real, stage_1):
     assert model.grid == (24, 24) and model.adapter.output_scale == pytest.approx(
         640**0.5, rel=1e-3
     )
-    for name, after in model.llm.state_dict().items():
+    for name, after in model.llava.model.language_model.state_dict().items():
         assert torch.equal(after, before[name]), name
     [ids] = model.tokenizer([" cat"], add_special_tokens=False)["input_ids"]
-    expected = (
-        before["model.embed_tokens.weight"][ids].mean(0) * 640**0.5
-    )  # Gemma's own scale included
+    expected = before["embed_tokens.weight"][ids].mean(0) * 640**0.5  # Gemma's own scale included
     words = (real / "words.txt").read_text().split()
     assert torch.allclose(
-        model.word_vectors(torch.tensor([words.index("cat")]))[0], expected, atol=1e-4
+        model.word_features(torch.tensor([words.index("cat")]))[0], expected, atol=1e-4
     )
     assert len(list(out.glob("checkpoints/step_*"))) == 2
 
 
-def same_answers(model, folder, photo):
+def same_answers(model, folder, photo, gguf):
     """transformers' Llava on what its processor makes of a photograph: the logits and the answer of `model`."""
     llava = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     processor, image = AutoProcessor.from_pretrained(folder), Image.open(photo).convert("RGB")
@@ -273,21 +276,24 @@ def same_answers(model, folder, photo):
     )
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     assert (ids == model.image_token_id).sum() == 576
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixels": pixels}
+    llm, _ = load_llm(gguf, torch.float32)
+    llm.resize_token_embeddings(model.embed_tokens.num_embeddings, mean_resizing=False)
+    llm.model.load_state_dict(model.llava.model.language_model.state_dict())
     with torch.no_grad():
-        hidden = model.eval().embed(ids, model.encode_image(pixels))
-        ours, theirs = model.llm(inputs_embeds=hidden).logits, llava(**inputs).logits
-        assert (
-            ours.std() > 1
-        )  # logits of up to 100, and the √D in the exported projector is rounded anew
-        assert (ours - theirs[..., : ours.shape[-1]]).abs().max() < 1e-4 * ours.std()
-    new = model.generate(ids, torch.ones_like(ids), pixels, max_new_tokens=8)
+        embeds = model.eval()(targets=torch.full_like(ids, IGNORE), **batch)["inputs"]
+        ours = llm(inputs_embeds=embeds).logits
+        theirs = llava(**inputs).logits
+        # logits of up to 100, and the √D in the exported projector is rounded anew
+        assert ours.std() > 1 and (ours - theirs).abs().max() < 1e-4 * ours.std()
+    new = model.generate(batch, max_new_tokens=8)
     said = llava.generate(**inputs, max_new_tokens=8, do_sample=False)[:, ids.shape[1] :]
     assert new.tolist() == said.tolist() and new.shape[1] > 0
 
 
 def test_stage_2_from_the_exported_folder_to_an_answer(real, stage_1, trained):
     out, model, before = stage_1
-    same_answers(model, out / "model", real / "photos/coffee.png")
+    same_answers(model, out / "model", real / "photos/coffee.png", f"{real}/gemma.gguf")
     shutil.copytree(
         out / "model", real / "llava", ignore=shutil.ignore_patterns("adapter.safetensors")
     )
@@ -337,17 +343,17 @@ def test_stage_2_from_the_exported_folder_to_an_answer(real, stage_1, trained):
     losses = [line["loss_g"] for line in metrics(real / "two")]
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
     second = trained[0][0]
-    assert second.geometry["mode"] == "pad" and second.tokenizer.eos_token == "<end_of_turn>"
+    assert second.preprocess["mode"] == "pad" and second.tokenizer.eos_token == "<end_of_turn>"
     assert not any(
         torch.equal(w, before[name])
-        for name, w in second.llm.named_parameters()
-        if name in before and w.shape == before[name].shape
+        for name, w in second.llava.model.language_model.named_parameters()
+        if w.shape == before[name].shape
     )
-    same_answers(second, real / "two/model", real / "photos/coffee.png")
+    same_answers(second, real / "two/model", real / "photos/coffee.png", f"{real}/gemma.gguf")
     asked = [
-        evaluation.ask("<image>\nWhat is in the picture?", "coffee.png"),
-        evaluation.ask("Name a color.", None),
-        evaluation.ask(
+        evaluation.question_sample("<image>\nWhat is in the picture?", "coffee.png"),
+        evaluation.question_sample("Name a color.", None),
+        evaluation.question_sample(
             "<image>\nWhich animal is this, and of what color are its eyes?", "chelsea.png"
         ),
     ]
@@ -366,8 +372,8 @@ def test_stage_2_from_the_exported_folder_to_an_answer(real, stage_1, trained):
     words = ["--words", f"{real}/words.txt"]
     assert -1 <= evaluation.main(["tacs", *run])["tacs"] <= 1
     evaluation.main(["words", *run, *words, "--out", f"{real}/words.png"])
-    width, height = Image.open(real / "words.png").size  # two images, plain and with words
-    assert width == 2 * (24 * 40 + 12) + 12 and 0 < height - 2 * (24 * 40 + 12) - 12 <= 2 * 2 * 20
+    # two images, plain and with words
+    assert Image.open(real / "words.png").size == sheet_size(columns=2, rows=2)
 
 
 def test_the_real_tokenizer_of_gemma_trains_the_answers_alone(stage_1):
