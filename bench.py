@@ -23,8 +23,7 @@ from data import UserError, cli, load_samples, run_command
 from labels import nearest_words
 from model import find_model, new_model, part_names
 
-# Samples in the files that the recipes name, for a plan before the download; Cambrian-1's are
-# approximate.
+# Samples in the files that the recipes name, for a plan before the download; the last two, about.
 SAMPLES = {
     "blip_laion_cc_sbu_558k.json": 558_128,
     "llava_v1_5_mix665k.json": 665_298,
@@ -64,19 +63,16 @@ def plan(cfg, ranks, pretrain_cfg):
             gpu[length, checkpoint] = gpu_memory(cfg, model, ranks, length, checkpoint)
     disk = plan_disk(cfg, run, params["total"], dtype, model.image_tokens)
 
-    note = ""
+    print(f"{cfg.stage} on {ranks} GPUs: {vision} and {llm} ({origin}); {cfg.data}")
     if not Path(cfg.data).is_file():
-        about = "about " if run["samples"] % 1000 == 0 else ""
-        note = f" (not here; it has {about}{run['samples']:,} samples)"
-    print(f"{cfg.stage} on {ranks} GPUs: {vision} and {llm} ({origin}); {cfg.data}{note}")
+        print(f"{cfg.data} is not here; it has about {run['samples']:,} samples")
     print_table("parameters", ["all", "trained"], params)
     print_table("steps", [""], {name: [count] for name, count in run.items()})
-    columns = [f"{length}{', checkpointed' if checkpoint else ''}" for length, checkpoint in gpu]
+    columns = [f"{length}{' checkpointed' * checkpoint}" for length, checkpoint in gpu]
     parts = next(iter(gpu.values())).keys()
     rows = {part: [memory[part] / GIB for memory in gpu.values()] for part in parts}
     print_table("GPU memory by positions, GiB", columns, rows)
-    rows = {f"{ranks_per_node} ranks load the model": [loading / GIB]}
-    print_table("CPU memory of a node, GiB", [""], rows)
+    print_table("CPU memory of a node, GiB", [""], {"while loading": [loading / GIB]})
     print_table("disk, GB", [""], {name: [size / 1e9] for name, size in disk.items()})
     print("\n" + json.dumps(dataclasses.asdict(cfg)))
     return dict(params=params, run=run, gpu=gpu, cpu=loading, disk=disk)

@@ -350,7 +350,7 @@ def test_the_papers_run_as_printed(capsys):
         and "20,979,713" in out
     )
     assert (
-        "(not here; it has 558,128 samples)" in out
+        "is not here; it has about 558,128 samples" in out
         and plan["disk"]["labels"] == 558_128 * 576 * 10 * 4
     )  # 13 GB
     assert (
