@@ -75,8 +75,6 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
     counts = collections.Counter(itertools.chain.from_iterable(pairs))
     groups = collections.defaultdict(list)
     for (word, wanted), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if not wanted and (word, True) in counts:
-            continue
         reason = "kept"
         if not wanted:
             reason = "other parts of speech"
@@ -88,18 +86,16 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
             reason = f"rarer than {min_count}"
         groups[reason].append(word)
 
-    kept = groups["kept"]
-    extra_words = read_words(extra) if extra else []
-    words = list(dict.fromkeys(kept + extra_words))
+    for reason, group in groups.items():
+        print(f"{len(group):9,} {reason}: {', '.join(group[:8])} ...")
+    words = groups["kept"]
+    if extra:
+        words = list(dict.fromkeys(words + read_words(extra)))
+        print(f"{len(words) - len(groups['kept']):9,} more of {extra}")
     if not words:
         raise UserError(f"{data}: no word is left; lower --min_count")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text("\n".join(words) + "\n", encoding="utf-8")
-
-    for reason, group in groups.items():
-        print(f"{len(group):9,} {reason}: {', '.join(group[:8])} ...")
-    new = len(words) - len(kept)
-    print(f"{len(extra_words):9,} of {extra or 'no extra list'}, {new:,} of them new")
+    _write(Path(out), "\n".join(words) + "\n")
     print(f"{len(words):9,} words in {out}")
 
 
@@ -113,14 +109,14 @@ def _caption_words(captions, tagger):
             yield [(found, True) for found in re.findall(word, text)]
         return
 
-    try:
-        import spacy
+    import spacy
 
+    try:
         pipeline = spacy.load(tagger, exclude=["parser", "ner", "lemmatizer"])
-    except (ImportError, OSError) as e:
+    except OSError as e:
         raise UserError(
-            f"--tagger {tagger}: cannot be loaded ({e}); pip install spacy, then "
-            "python -m spacy download en_core_web_sm"
+            f"--tagger {tagger}: cannot be loaded ({e}); for English: python -m spacy download "
+            "en_core_web_sm"
         ) from e
     for caption in pipeline.pipe(captions, batch_size=1000):
         tokens = [token for token in caption if re.fullmatch(word, token.lower_)]
@@ -251,11 +247,11 @@ def patch_embeddings(encoder, pixels, path="last"):
 
 def _timm_patches(visual, pixels, path):
     trunk = visual.trunk
-    tokens = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :]
-    x = tokens.flatten(0, 1)
+    x = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :]
     if path == "value":  # in parts, as GPU kernels take at most 65,535 sequences
-        x = torch.cat([trunk.attn_pool(part) for part in x.unsqueeze(1).split(32768)])
-    return visual.head(trunk.head(trunk.fc_norm(x))).unflatten(0, tokens.shape[:2])
+        alone = x.flatten(0, 1).unsqueeze(1).split(32768)
+        x = torch.cat([trunk.attn_pool(part) for part in alone]).view_as(x)
+    return visual.head(trunk.head(trunk.fc_norm(x)))
 
 
 def _open_clip_patches(visual, pixels, path):
@@ -263,16 +259,14 @@ def _open_clip_patches(visual, pixels, path):
     x = visual._embeds(pixels)  # [B, 1 + m, width], the class token first
     inputs = collections.deque([x], maxlen=SURGERY_BLOCKS)  # of the last blocks
     for block in blocks[:-1]:
-        x = block(x)
-        inputs.append(x)
+        inputs.append(block(inputs[-1]))
     if path == "vv":
         x = inputs[0]
         for block, block_input in zip(blocks[-SURGERY_BLOCKS:], inputs):
             x = x + _vv_attention(block.attn, block.ln_1(block_input))
     else:
-        itself = torch.full((x.shape[1], x.shape[1]), -torch.inf, device=x.device)
-        itself.fill_diagonal_(0)
-        x = blocks[-1](x, attn_mask=itself if path == "value" else None)
+        itself = x.new_full((x.shape[1], x.shape[1]), -torch.inf).fill_diagonal_(0)
+        x = blocks[-1](inputs[-1], attn_mask=itself if path == "value" else None)
     return visual.ln_post(x)[:, 1:] @ visual.proj
 
 
@@ -314,18 +308,20 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
     patches = sign * patch_embeds
     device = patches.device
     ids = torch.full((len(patches), n), -1, device=device)
-    scores = torch.zeros(len(patches), n, dtype=torch.float64, device=device)
+    scores = torch.zeros_like(ids, dtype=torch.float64)
     found = min(n, len(word_embeds))
 
     bf16_is_fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    dtypes = [torch.bfloat16, torch.float32] if bf16_is_fast else [torch.float32]
-    searches = [functools.partial(_search, dtype=dtype) for dtype in dtypes]
     unsure = torch.arange(len(patches), device=device)
-    for search in [*searches, _sort]:
-        ids[unsure, :found], scores[unsure, :found], bound = search(patches[unsure], word_embeds, n)
+    for dtype in [torch.bfloat16, torch.float32] if bf16_is_fast else [torch.float32]:
+        ids[unsure, :found], scores[unsure, :found], bound = _search(
+            patches[unsure], word_embeds, n, dtype
+        )
         unsure = unsure[bound >= scores[unsure, found - 1].clamp(min=min_score)]
         if len(unsure) == 0:
             break
+    for i in unsure:
+        ids[i, :found], scores[i, :found] = _sort(patches[i], word_embeds, n)
     too_low = scores <= min_score
     return ids.masked_fill(too_low, -1), scores.float().masked_fill(too_low, 0)
 
@@ -342,9 +338,8 @@ def _search(patches, words, n, dtype, patch_block=4096, word_block=16384):
     -> ids [P, n], float64 scores [P, n], descending, and a bound [P] for the score of other words.
     """
     k = min(4 * n + 24, len(words))
-    mean_word = words.mean(
-        0
-    )  # without it the order is the same, but words and roundings are smaller
+    # Without the mean word the order is the same, but words are shorter, and so are their roundings
+    mean_word = words.mean(0)
     rounded_patches = patches.to(dtype)
     products = rounded_patches.new_full((len(patches), k), -torch.inf)
     candidates = torch.zeros_like(products, dtype=torch.int64)
@@ -395,16 +390,11 @@ def _largest(products, k):
     return values, columns.gather(1, order)
 
 
-def _sort(patches, words, n):
-    """The n best words by a stable sort of all float64 scores, as _search returns them."""
-    ids = []
-    scores = []
-    for patch in patches.double():
-        row = torch.cat([part.double() @ patch for part in words.split(4096)])
-        row, order = row.sort(descending=True, stable=True)
-        ids.append(order[:n])
-        scores.append(row[:n])
-    return torch.stack(ids), torch.stack(scores), patches.new_full((len(patches),), -torch.inf)
+def _sort(patch, words, n):
+    """The n best words of one patch [d] by a stable sort of all float64 scores -> ids, scores."""
+    scores = torch.cat([part.double() @ patch.double() for part in words.split(4096)])
+    scores, ids = scores.sort(descending=True, stable=True)
+    return ids[:n], scores[:n]
 
 
 # -------------------------------------------------------------------------------------- label store
@@ -449,8 +439,12 @@ class LabelStore:
 
     def check(self, samples, preprocess, grid):
         """Refuse other samples, another geometry of their images, or another grid of patches."""
-        run = {field: preprocess[field] for field in ("size", "mode")}
-        run |= dict(manifest=_manifest(samples), grid=list(grid))
+        run = dict(
+            manifest=_manifest(samples),
+            size=preprocess["size"],
+            mode=preprocess["mode"],
+            grid=list(grid),
+        )
         _refuse_difference(self.folder, self.meta, run)
 
 
@@ -483,16 +477,18 @@ def record_type(q, m, n):
     )
 
 
-def _read_meta(folder):
-    """-> what meta.json holds, and the files that belong to it."""
+def _read_meta(folder, asked=None):
+    """meta.json of a store -> its fields and the store's files of labels. UserError if it is damaged
+    or was made with other settings than those `asked` for."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         shards = math.ceil(meta["images"] / meta["shard"])
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
-            f"{folder}: no label store, or a damaged one ({e!r}); make one with labels.py "
-            "extract and another --out"
+            f"{folder}: no label store, or a damaged one ({e!r}); make one with "
+            "labels.py extract and another --out"
         ) from e
+    _refuse_difference(folder, meta, asked or {})
     return meta, [folder / f"labels-{k:05}.npy" for k in range(shards)]
 
 
@@ -559,8 +555,7 @@ def extract(
     if rank == 0:
         _start_store(folder, meta, words)
     word_embeds = _stored_word_embeddings(folder, meta, words, clip, rank)
-    stored, files = _read_meta(folder)
-    _refuse_difference(folder, stored, meta)
+    _, files = _read_meta(folder, meta)
 
     # Which shards are this rank's must not depend on what the others have done
     shards = torch.arange(len(samples)).split(shard)
@@ -604,8 +599,8 @@ def _resolve(settings, samples, words, clip):
     for flag in ("out", "batch_size", "workers"):
         del meta[flag]
     for flag in ("data", "image_folder", "encoder"):
-        if Path(meta[flag]).exists():
-            meta[flag] = str(Path(meta[flag]).resolve())
+        if os.path.exists(meta[flag]):
+            meta[flag] = os.path.realpath(meta[flag])
     name = settings["encoder"]
     meta["path"] = meta["path"] or (ENCODERS[name][2] if name in ENCODERS else patch_paths(clip)[0])
     device = clip.logit_scale.device
@@ -627,7 +622,7 @@ def _start_store(folder, meta, words):
     """Describe a new store, or continue one of the same settings."""
     file = folder / "meta.json"
     if file.exists():
-        _refuse_difference(folder, _read_meta(folder)[0], meta)
+        _read_meta(folder, meta)
     elif any(folder.glob("*.npy")):
         raise UserError(
             f"{folder}: holds files of unknown settings (no meta.json); choose another --out"
@@ -656,8 +651,8 @@ def _autocast(clip, meta):
 
 def _load_images(samples, meta):
     """The pixels [B, 3, S, S] of the images of samples and the CRCs of their files."""
-    files = [Path(meta["image_folder"]) / sample["image"] for sample in samples]
-    images, crcs = zip(*map(read_image, files))
+    folder = Path(meta["image_folder"])
+    images, crcs = zip(*(read_image(folder / sample["image"]) for sample in samples))
     preprocess = {key: meta[key] for key in ("size", "mode", "mean", "std")}
     return torch.stack([geometry(image, **preprocess) for image in images]), crcs
 
@@ -719,28 +714,23 @@ def show(
     samples = load_samples(data or meta["data"])
     _refuse_difference(store.folder, meta, dict(manifest=_manifest(samples)))
     meta["image_folder"] = image_folder or meta["image_folder"]
-    rows = _spread(len(store), sample)
+    rows = range(0, len(store), math.ceil(len(store) / max(1, sample)))
     ids, scores = map(torch.stack, zip(*(store[i] for i in rows)))
     top_words = _top_words(samples, rows, store.words, ids)
     _print_statistics(store, ids, scores, itertools.chain(*top_words.values()))
 
     pictures = []
-    names = list(top_words)
-    for i in _spread(len(names), images):
-        image, _ = read_image(Path(meta["image_folder"]) / names[i])
+    for i in rows[:: math.ceil(len(rows) / max(1, images))]:
+        name = samples[i]["image"]
+        image, _ = read_image(Path(meta["image_folder"]) / name)
         pixels = geometry(image, meta["size"], meta["mode"], mean=(0, 0, 0), std=(1, 1, 1))
-        pictures += [(pixels, []), (pixels, top_words[names[i]])]
+        pictures += [(pixels, []), (pixels, top_words[name])]
     draw_words(pictures, meta["grid"], min(4, len(pictures)), out)
 
     if truth:
         print("share of patches whose top word is true")
         _print_true_share("these labels", truth, top_words)
         _try_paths(store, samples, rows, truth)
-
-
-def _spread(count, limit):
-    """At most `limit` of range(count), evenly spaced."""
-    return np.linspace(0, count - 1, max(1, min(limit, count)), dtype=int)
 
 
 def _top_words(samples, rows, words, ids):
@@ -752,11 +742,11 @@ def _top_words(samples, rows, words, ids):
 
 
 def _print_statistics(store, ids, scores, top_words):
-    labels_per_patch = (ids >= 0).float().sum(-1)
+    is_label = (ids >= 0).float()
     print(
         f"{len(store):,} images, {len(store.words):,} words; in {len(ids)} of the images "
-        f"{(labels_per_patch > 0).float().mean():.1%} of the patches have a label, "
-        f"{labels_per_patch.mean():.1f} of at most {store.meta['n']}"
+        f"{is_label[..., 0].mean():.1%} of the patches have a label, {is_label.sum(-1).mean():.1f} "
+        f"of at most {store.meta['n']}"
     )
     heights, edges = np.histogram(scores[ids >= 0], bins=10)
     for share, low, high in zip(heights / max(1, heights.sum()), edges, edges[1:]):
@@ -770,11 +760,10 @@ def _print_statistics(store, ids, scores, top_words):
         f"{len(counts):,} different top words, {bits:.1f} bits of entropy (as of {2**bits:.0f} "
         f"equally frequent ones): {', '.join(often[:10])}"
     )
-    filled = (ids >= 0).float().mean()
-    if not 0.01 < filled < 0.99:
+    if not 0.01 < is_label.mean() < 0.99:
         print(
-            f"warning: min_score {store.meta['min_score']} lets {filled:.1%} of the words pass; "
-            "look at the scores above, and try another --min_score, --center, --sign or --path"
+            f"warning: min_score {store.meta['min_score']} lets {is_label.mean():.1%} of the words "
+            "pass; look at the scores above; try another --min_score, --center, --sign or --path"
         )
 
 
