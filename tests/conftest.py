@@ -1,4 +1,4 @@
-"""A tiny world with random weights, built once per test session: every file that a real run would read."""
+"""A tiny world with random weights, built once per test session: all files that a run reads."""
 
 import json
 import os
@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # what is this small runs fastest so; child processes inherit it
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # fastest for what is this small; child processes inherit it
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
@@ -31,11 +29,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import data
 
-SIZE, PATCH, WORDS = (
-    30,
-    6,
-    ["red", "blue", "green", "dark", "striped", "wall", "sky", "door", "tall", "ocean"],
-)
+SIZE, PATCH = 30, 6
+WORDS = ["red", "blue", "green", "dark", "striped", "wall", "sky", "door", "tall", "ocean"]
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
 
@@ -43,14 +38,12 @@ def tiny_tokenizer(text):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        text,
-        trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<s>", "</s>", "<pad>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    tokenizer.train_from_iterator(text, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
@@ -61,20 +54,21 @@ def tiny_tokenizer(text):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Folder with vision/ llm/ clip/ images/ train.json words.txt; 5 x 5 patches, so that 2 x 2 windows do not fit."""
+    """Folder with vision/ llm/ clip/ images/ train.json chats.jsonl words.txt.
+
+    Images are 5 x 5 patches, so that 2 x 2 windows do not fit.
+    """
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("world")
-    vision = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=SIZE,
-            patch_size=PATCH,
-        )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=PATCH,
     )
-    vision.save_pretrained(root / "vision")
+    CLIPVisionModel(vision).save_pretrained(root / "vision")
     CLIPImageProcessor(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -86,21 +80,16 @@ def world(tmp_path_factory):
     samples = []
     (root / "images").mkdir()
     for i in range(24):
-        caption = f"a {WORDS[rng.integers(4)]} {WORDS[4 + rng.integers(5)]} beside the {WORDS[rng.integers(10)]} door."
-        pixels = rng.integers(
-            0, 256, (rng.integers(31, 60), rng.integers(31, 60), 3), dtype=np.uint8
-        )
+        color, thing = WORDS[rng.integers(4)], WORDS[4 + rng.integers(5)]
+        caption = f"a {color} {thing} beside the {WORDS[rng.integers(10)]} door."
+        shape = (rng.integers(31, 60), rng.integers(31, 60), 3)
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"images/{i}.png")
-        samples.append(
-            {
-                "id": str(i),
-                "image": f"{i}.png",
-                "conversations": [
-                    {"from": "human", "value": "<image>\nDescribe the image."},
-                    {"from": "gpt", "value": caption},
-                ],
-            }
-        )
+        turns = [
+            {"from": "human", "value": "<image>\nDescribe the image."},
+            {"from": "gpt", "value": caption},
+        ]
+        samples.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
     (root / "train.json").write_text(json.dumps(samples))
     (root / "words.txt").write_text("\n".join(WORDS) + "\n")
     chats = []  # for stage 2: 10 with an image, 7 without, of one to three rounds
@@ -115,21 +104,20 @@ def world(tmp_path_factory):
 
     tokenizer = tiny_tokenizer(s["conversations"][1]["value"] for s in samples)
     tokenizer.save_pretrained(root / "llm")
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-        )
-    ).save_pretrained(root / "llm")
+    llm = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(llm).save_pretrained(root / "llm")
 
     config = {
         "embed_dim": 16,
@@ -152,19 +140,15 @@ def world(tmp_path_factory):
     clip = open_clip.CLIP(**config)
     (root / "clip").mkdir()
     save_file(clip.state_dict(), root / "clip/open_clip_model.safetensors")
+    preprocess = {
+        "size": SIZE,
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     (root / "clip/open_clip_config.json").write_text(
-        json.dumps(
-            {
-                "model_cfg": config,
-                "preprocess_cfg": {
-                    "size": SIZE,
-                    "mean": MEAN,
-                    "std": STD,
-                    "interpolation": "bicubic",
-                    "resize_mode": "shortest",
-                },
-            }
-        )
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
     )
     return root
 
@@ -190,73 +174,28 @@ def labels(world):
 @pytest.fixture(scope="session")
 def flags(world, labels):
     """The flags of a short training run in the tiny world, without --out_dir."""
-    return [
-        "--llm",
-        f"{world}/llm",
-        "--vision",
-        f"{world}/vision",
-        "--data",
-        f"{world}/train.json",
-        "--image_folder",
-        f"{world}/images",
-        "--labels",
-        str(labels),
-        "--val_data",
-        f"{world}/train.json",
-        "--val_samples",
-        "4",
-        "--batch_size",
-        "4",
-        "--max_steps",
-        "6",
-        "--val_every",
-        "3",
-        "--save_every",
-        "0",
-        "--workers",
-        "0",
-    ]
+    parts = f"--llm {world}/llm --vision {world}/vision"
+    samples = f"--data {world}/train.json --image_folder {world}/images --labels {labels}"
+    val = f"--val_data {world}/train.json --val_samples 4 --val_every 3"
+    short = "--batch_size 4 --max_steps 6 --save_every 0 --workers 0"
+    return f"{parts} {samples} {val} {short}".split()
 
 
 @pytest.fixture(scope="session")
 def finetune_flags(world, flags, tmp_path_factory):
-    """The flags of a short stage 2 in the tiny world, after a stage 1, without --out_dir. In its fourth step one
-    micro-batch holds images and the other text only."""
+    """The flags of a short stage 2 in the tiny world, after a stage 1, without --out_dir.
+
+    In its fourth step one micro-batch holds images and the other text only.
+    """
     import train
 
     one = tmp_path_factory.mktemp("one") / "run"
     train.main([*flags, "--out_dir", str(one)])
-    return [
-        "--stage",
-        "finetune",
-        "--init",
-        str(one),
-        "--data",
-        f"{world}/chats.jsonl",
-        "--image_folder",
-        f"{world}/images",
-        "--val_data",
-        f"{world}/chats.jsonl",
-        "--val_samples",
-        "5",
-        "--batch_size",
-        "2",
-        "--max_steps",
-        "6",
-        "--val_every",
-        "3",
-        "--save_every",
-        "0",
-        "--keep",
-        "0",
-        "--workers",
-        "0",
-        "--lr",
-        "1e-3",
-        "--tune_vision",
-        "--vision_lr",
-        "1e-3",
-    ]
+    samples = f"--data {world}/chats.jsonl --image_folder {world}/images"
+    val = f"--val_data {world}/chats.jsonl --val_samples 5 --val_every 3"
+    short = "--batch_size 2 --max_steps 6 --save_every 0 --keep 0 --workers 0"
+    rates = "--lr 1e-3 --tune_vision --vision_lr 1e-3"
+    return f"--stage finetune --init {one} {samples} {val} {short} {rates}".split()
 
 
 @pytest.fixture
@@ -265,7 +204,10 @@ def samples(world):
 
 
 def sentencepiece_tokenizer(folder, bos):
-    """Mistral's first tokenizer: SentencePiece with 32,000 pieces and byte fallback, as Vicuna's and Phi-3's."""
+    """Mistral's first tokenizer: SentencePiece, 32,000 pieces, byte fallback.
+
+    Vicuna's and Phi-3's are of this kind.
+    """
     import mistral_common
 
     folder.mkdir(exist_ok=True)
@@ -279,19 +221,12 @@ def llama3_tokenizer():
 
     source = Path(llama_models.__file__).parent / "llama3/tokenizer.model"
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-    special = [
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        *reserved[:4],
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        reserved[4],
-        "<|eot_id|>",
-        *reserved[5:251],
-    ]
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4]]
+    special += ["<|start_header_id|>", "<|end_header_id|>", reserved[4], "<|eot_id|>"]
+    special += reserved[5:]
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-        r"\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     tokenizer = TikTokenConverter(
         vocab_file=str(source), pattern=pattern, extra_special_tokens=special
@@ -306,8 +241,11 @@ def llama3_tokenizer():
 
 @pytest.fixture(scope="session")
 def tokenizer_folders(tmp_path_factory):
-    """{chat format: folder of a tokenizer}: real ones, but for Gemma's and ChatML's, which are small byte-level BPEs
-    with those families' turn markers (Gemma's real one is in test_real.py)."""
+    """{chat format: folder of a tokenizer}, real ones but for Gemma's and ChatML's.
+
+    Those two are small byte-level BPEs with these families' turn markers (Gemma's real tokenizer
+    is in test_real.py).
+    """
     root = tmp_path_factory.mktemp("tokenizers")
     found = {
         "vicuna": sentencepiece_tokenizer(root / "sp", bos=True),
@@ -315,16 +253,15 @@ def tokenizer_folders(tmp_path_factory):
     }
     found["phi-3"] = sentencepiece_tokenizer(root / "sp", bos=False)
     found["phi-3"].add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+    markers = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
     found["phi-3"].add_tokens(
-        [
-            AddedToken(t, special=True, rstrip=True, normalized=False)
-            for t in ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
-        ]
+        [AddedToken(t, special=True, rstrip=True, normalized=False) for t in markers]
     )
-    for name, markers in (
-        ("gemma", ["<start_of_turn>", "<end_of_turn>"]),
-        ("chatml", ["<|im_start|>", "<|im_end|>"]),
-    ):
+    small = {
+        "gemma": ["<start_of_turn>", "<end_of_turn>"],
+        "chatml": ["<|im_start|>", "<|im_end|>"],
+    }
+    for name, markers in small.items():
         found[name] = tiny_tokenizer(["what is on the table? a red cup."])
         found[name].add_tokens([AddedToken(t, special=True, normalized=False) for t in markers])
     for name, tokenizer in found.items():

@@ -1,5 +1,7 @@
-"""Run under torchrun by test_distributed.py: training runs and one loss, on every rank of a gloo group.
-Arguments: a folder for the results with flags.json in it."""
+"""Run under torchrun by test_distributed.py: training runs and one loss, on every rank of a group.
+
+Argument: a folder for the results with flags.json in it.
+"""
 
 import json
 import shutil
@@ -33,7 +35,8 @@ run("finetune_fsdp", "finetune", "--fsdp", "--save_every", "4")
 run("bf16", "finetune", "--dtype", "bfloat16")
 run("bf16_fsdp", "finetune", "--dtype", "bfloat16", "--fsdp")
 run("pretrain_bf16_fsdp", "pretrain", "--dtype", "bfloat16", "--fsdp")
-if dist.get_rank() == 0:  # as if it had been killed after the checkpoint of step 4
+# as if it had been killed after the checkpoint of step 4
+if dist.get_rank() == 0:
     shutil.copytree(out / "finetune_fsdp", out / "resumed")
 dist.barrier()
 run("resumed", "finetune", "--fsdp", "--resume")
@@ -47,9 +50,7 @@ for case, (tokens, ids, scores, table, log_scale, counts) in ragged_inputs().ite
         x, ids[rows], scores[rows], table.__getitem__, s, (3, 3), 2, generators, gather=True
     )
     loss.backward()
-    torch.save(
-        dict(loss=loss.detach(), x=x.grad, s=s.grad, pairs=stats["pairs"]),
-        out / f"{case}_{rank}.pt",
-    )
+    result = dict(loss=loss.detach(), x=x.grad, s=s.grad, pairs=stats["pairs"])
+    torch.save(result, out / f"{case}_{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()

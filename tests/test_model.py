@@ -95,18 +95,15 @@ def test_losses_equal_those_of_every_row_by_hand(model, llm, batch):
     reference.backward()
     for ours, p in zip(grads, model.adapter.parameters()):
         assert torch.allclose(ours, p.grad, rtol=1e-3, atol=1e-6)
-    assert all(
-        p.grad is None
-        for p in [*model.vision_tower.parameters(), *model.llava.model.language_model.parameters()]
-    )
+    for frozen in (model.vision_tower, model.llava.model.language_model):
+        assert all(p.grad is None for p in frozen.parameters())
 
 
 def test_num_targets_is_what_the_sum_is_divided_by(model, batch):
     plain = {k: v for k, v in batch.items() if not k.startswith("label_")}
     tokens = int((batch["targets"][:, 1:] != IGNORE).sum())
-    assert torch.allclose(
-        model(**plain)["loss_g"] * tokens, model(**plain, num_targets=5)["loss_g"] * 5, rtol=1e-5
-    )
+    mean, fifth = model(**plain)["loss_g"], model(**plain, num_targets=5)["loss_g"]
+    assert torch.allclose(mean * tokens, fifth * 5, rtol=1e-5)
 
 
 def test_a_batch_without_trained_tokens_has_loss_0_and_a_graph(model, batch):
@@ -197,11 +194,10 @@ def test_other_towers_give_all_patches_and_no_class_token(kind, model, world):
         patch_size=6,
     )
     torch.manual_seed(1)
-    tower = (
-        SiglipVisionModel(SiglipVisionConfig(**config))
-        if kind == "siglip"
-        else Dinov2Model(Dinov2Config(**config))
-    )
+    if kind == "siglip":
+        tower = SiglipVisionModel(SiglipVisionConfig(**config))
+    else:
+        tower = Dinov2Model(Dinov2Config(**config))
     llm = AutoModelForCausalLM.from_pretrained(world / "llm")
     tokenizer = AutoTokenizer.from_pretrained(world / "llm")
     llava = assemble(tower, llm, tokenizer, 30)
@@ -209,9 +205,8 @@ def test_other_towers_give_all_patches_and_no_class_token(kind, model, world):
     pixels = torch.rand(2, 3, 30, 30)
     hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
     features = hidden if kind == "siglip" else hidden[:, 1:]
-    assert features.shape[1] == 25 and torch.allclose(
-        other.visual_tokens(pixels), other.adapter(features)
-    )
+    assert features.shape[1] == 25
+    assert torch.allclose(other.visual_tokens(pixels), other.adapter(features))
 
 
 SMALL = dict(
