@@ -19,13 +19,14 @@ from loss import sea_loss
 
 def ragged_inputs():
     """Name -> visual tokens [B, 9, D], ids, scores, word vectors, log-scale, images per rank."""
+    sizes = {
+        "even": ((2, 2), 30),
+        "ragged": ((3, 1), 6),
+        "one_rank_unlabelled": ((2, 1), 12),
+        "unlabelled": ((1, 1), 5),
+    }
     cases = {}
-    for name, counts, q in (
-        ("even", (2, 2), 30),
-        ("ragged", (3, 1), 6),
-        ("one_rank_unlabelled", (2, 1), 12),
-        ("unlabelled", (1, 1), 5),
-    ):
+    for name, (counts, q) in sizes.items():
         g = torch.Generator().manual_seed(len(name))
         B = sum(counts)
         ids = torch.randint(-1, q, (B, 9, 3), generator=g)
@@ -43,7 +44,10 @@ def ragged_inputs():
 
 
 def record_gradients(train, folder):
-    """Have the next run of train.main write folder/gradients.pt: the whole gradients of its fourth step, by name."""
+    """Have the next run of train.main write the whole gradients of its fourth step, by name.
+
+    They go to folder/gradients_RANK.pt.
+    """
     build = train.build_optimizer if not hasattr(train, "_build") else train._build
     train._build = build
 
@@ -53,14 +57,10 @@ def record_gradients(train, folder):
         def write(*_):
             if schedule.last_epoch == 3:
                 grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-                grads = {
-                    name: g.full_tensor() if hasattr(g, "full_tensor") else g
-                    for name, g in grads.items()
-                }
-                torch.save(
-                    {name: g.clone() for name, g in grads.items()},
-                    folder / f"gradients_{train.rank()}.pt",
-                )
+                for name, g in grads.items():
+                    whole = g.full_tensor() if hasattr(g, "full_tensor") else g
+                    grads[name] = whole.clone()
+                torch.save(grads, folder / f"gradients_{train.rank()}.pt")
 
         optimizer.register_step_pre_hook(write)
         return optimizer, schedule
@@ -69,11 +69,10 @@ def record_gradients(train, folder):
 
 
 def all_weights(folder):
-    return {
-        k: w
-        for path in sorted((folder / "model").glob("*.safetensors"))
-        for k, w in load_file(path).items()
-    }
+    found = {}
+    for path in sorted((folder / "model").glob("*.safetensors")):
+        found |= load_file(path)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -114,40 +113,29 @@ def test_two_ranks_train_as_one(
     grad_accum,
     extra,
 ):
-    """DDP and FSDP are one process that accumulates the same micro-batches; with --gather_pairs, one that holds them
-    whole. Stage 2 has ragged answers, and in its fourth step a rank without an image."""
+    """DDP and FSDP are one process that accumulates the same micro-batches.
+
+    With --gather_pairs they are one that holds them whole. Stage 2 has ragged answers, and in its
+    fourth step a rank without an image.
+    """
     monkeypatch.setattr(train, "build_optimizer", train.build_optimizer)  # to be put back
     record_gradients(train, tmp_path)
-    train.main(
-        [
-            *dict(pretrain=flags, finetune=finetune_flags)[stage],
-            "--out_dir",
-            str(tmp_path),
-            "--batch_size",
-            str(batch_size),
-            "--grad_accum",
-            str(grad_accum),
-            *extra,
-        ]
-    )
+    own = f"--out_dir {tmp_path} --batch_size {batch_size} --grad_accum {grad_accum}".split()
+    train.main([*dict(pretrain=flags, finetune=finetune_flags)[stage], *own, *extra])
     one, two = metrics(tmp_path), metrics(two_ranks / name)
     assert len(one) == len(two) == 6
     for a, b in zip(one, two):
         assert a.keys() == b.keys() and a == pytest.approx(b, rel=2e-4), (a, b)
     expected = torch.load(tmp_path / "gradients_0.pt")
-    assert (
-        any("vision_tower" in k for k in expected)
-        == any("language_model" in k for k in expected)
-        == (stage == "finetune")
-    )
+    for part in ("vision_tower", "language_model"):
+        assert any(part in k for k in expected) == (stage == "finetune")
     for rank in range(2):
         grads = torch.load(two_ranks / name / f"gradients_{rank}.pt")
         assert grads.keys() == expected.keys()
         for key, g in expected.items():
             assert torch.allclose(g, grads[key], atol=1e-5 * max(1, float(g.abs().max()))), key
-    assert (ours := all_weights(tmp_path)).keys() == (
-        theirs := all_weights(two_ranks / name)
-    ).keys()
+    ours, theirs = all_weights(tmp_path), all_weights(two_ranks / name)
+    assert ours.keys() == theirs.keys()
     for key, w in ours.items():
         assert torch.allclose(w, theirs[key], atol=1e-4), key
 
@@ -173,17 +161,15 @@ def test_a_sharded_checkpoint_goes_on_with_any_number_of_ranks(two_ranks, finetu
     """Saved by two ranks in step 4, resumed by two and by one: the same steps 5 and 6."""
     whole = metrics(two_ranks / "finetune_fsdp")
     shutil.copytree(two_ranks / "finetune_fsdp", tmp_path / "run")
-    train.main(
-        [*finetune_flags, "--out_dir", str(tmp_path / "run"), "--grad_accum", "2", "--resume"]
-    )
+    again = [*finetune_flags, "--out_dir", str(tmp_path / "run"), "--resume"]
+    train.main([*again, "--grad_accum", "2"])
     for resumed in (two_ranks / "resumed", tmp_path / "run"):
         assert [line["step"] for line in metrics(resumed)] == [1, 2, 3, 4, 5, 6]
         for a, b in zip(whole[4:], metrics(resumed)[4:]):
             assert a == pytest.approx(b, rel=1e-5)
-    with pytest.raises(
-        UserError, match="this run has grad_accum x ranks = 1, the checkpoint .* = 2"
-    ):
-        train.main([*finetune_flags, "--out_dir", str(tmp_path / "run"), "--resume"])
+    message = "grad_accum x ranks is 1, but 2 in"
+    with pytest.raises(UserError, match=message):
+        train.main(again)
 
 
 @pytest.mark.parametrize("case", ragged_inputs())
@@ -195,11 +181,9 @@ def test_gathered_loss_and_gradients_are_those_of_the_whole_batch(two_ranks, cas
     loss, stats = sea_loss(tokens, ids, scores, table.__getitem__, log_scale, (3, 3), 2, generators)
     loss.backward()
     ranks = [torch.load(two_ranks / f"{case}_{r}.pt", weights_only=True) for r in range(2)]
-    assert sum(r["pairs"] for r in ranks) == stats["pairs"] and (stats["pairs"] > 0) == (
-        case != "unlabelled"
-    )
+    assert sum(r["pairs"] for r in ranks) == stats["pairs"]
+    assert (stats["pairs"] > 0) == (case != "unlabelled")
     mean = {k: (ranks[0][k] + ranks[1][k]) / 2 for k in ("loss", "s")}  # as DDP averages
-    assert torch.allclose(mean["loss"], loss, atol=1e-6) and torch.allclose(
-        mean["s"], log_scale.grad, atol=1e-6
-    )
+    assert torch.allclose(mean["loss"], loss, atol=1e-6)
+    assert torch.allclose(mean["s"], log_scale.grad, atol=1e-6)
     assert torch.allclose(torch.cat([r["x"] for r in ranks]) / 2, tokens.grad, atol=1e-7)
