@@ -6,6 +6,7 @@ A data file is a JSON list of samples, or holds one sample on each line (.jsonl)
 """
 
 import argparse
+import dataclasses
 import functools
 import inspect
 import io
@@ -15,6 +16,7 @@ import sys
 import typing
 import zlib
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,15 +83,13 @@ class JsonLines:
                 lengths.append(sample_length(sample))
                 offsets.append(offsets[-1] + len(line))
                 bar.update(len(line))
-        self.offsets = np.array(offsets)
+        self.offsets = np.array(offsets[:-1])
         self.lengths = np.array(lengths)
 
     def __len__(self):
         return len(self.lengths)
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
         with open(self.file, "rb") as lines:
             lines.seek(self.offsets[i])
             return json.loads(lines.readline())
@@ -368,6 +368,7 @@ def prepare_tokenizer(tokenizer):
             if marker in vocabulary and end in vocabulary:
                 template = its_template
                 tokenizer.eos_token = end
+                break
         system = f"{{%- set llava_system = {json.dumps(_LLAVA_SYSTEM)} -%}}"
         tokenizer.chat_template = system + _MACROS + template
     if tokenizer.pad_token is None:  # any token will do: masks are made from lengths
@@ -435,8 +436,8 @@ def vision_preprocess(name):
         size = processor.crop_size["height"]
         pads = isinstance(processor, LlavaImageProcessor) and processor.do_pad
         mode = "pad" if pads else "square"
-    mean, std = processor.image_mean, processor.image_std
-    return dict(size=size, mode=mode, mean=tuple(mean), std=tuple(std))
+    mean = tuple(processor.image_mean)
+    return dict(size=size, mode=mode, mean=mean, std=tuple(processor.image_std))
 
 
 def read_image(file):
@@ -458,6 +459,7 @@ def read_image(file):
 # ----------------------------------------------------------------------------- batches
 
 
+@dataclasses.dataclass(eq=False)
 class LlavaDataset(Dataset):
     """Samples -> tensors.
 
@@ -467,27 +469,18 @@ class LlavaDataset(Dataset):
     the image off.
     """
 
-    def __init__(
-        self,
-        samples,
-        image_folder,
-        preprocess,
-        tokenizer,
-        image_tokens,
-        max_length=2048,
-        label_store=None,
-        text="caption",
-    ):
-        if not Path(image_folder).is_dir():
-            raise UserError(f"{image_folder}: no such image folder (--image_folder)")
-        self.samples = samples
-        self.image_folder = Path(image_folder)
-        self.preprocess = preprocess
-        self.tokenizer = tokenizer
-        self.image_tokens = image_tokens
-        self.max_length = max_length
-        self.label_store = label_store
-        self.text = text
+    samples: Any
+    image_folder: str
+    preprocess: dict
+    tokenizer: Any
+    image_tokens: int
+    max_length: int = 2048
+    label_store: Any = None
+    text: Literal["caption", "chat", "prompt"] = "caption"
+
+    def __post_init__(self):
+        if not Path(self.image_folder).is_dir():
+            raise UserError(f"{self.image_folder}: no such image folder (--image_folder)")
 
     def __len__(self):
         return len(self.samples)
@@ -504,7 +497,7 @@ class LlavaDataset(Dataset):
             )
         item = {"index": i, "input_ids": ids, "targets": targets}
         if self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in ids:
-            file = self.image_folder / image_of(sample)
+            file = Path(self.image_folder, image_of(sample))
             image, crc = read_image(file)
             item["pixels"] = geometry(image, **self.preprocess)
         if self.label_store is not None:
@@ -548,8 +541,8 @@ def micro_batches(
 ):
     """Yield this rank's micro-batches: grad_accum lists of sample indices for each step.
 
-    The samples of a step depend only on (seed, step) and the global batch. The step's micro-batch
-    number a * ranks + rank is the a-th of this rank, so ranks and accumulation are interchangeable.
+    The samples of a step depend only on (seed, step) and the global batch: ranks and accumulation
+    are interchangeable.
     Epochs follow one another without a gap: the last batch of one is filled up from the next.
     lengths: of sample_lengths, to use grouped_order; otherwise each epoch is a random permutation.
     """
@@ -571,7 +564,7 @@ def grouped_order(lengths, batch_size, micro_batches_per_step, seed, epoch):
     """LLaVA's order for stage 2: the samples of a step are of one kind, with image or text only.
 
     Within a step they are dealt out so that its micro-batches are about equally long. What does not
-    fill a step of its own kind comes last, mixed. lengths as of sample_lengths -> a permutation.
+    fill a step of its own kind comes last. lengths as of sample_lengths -> a permutation.
     Made for recipes of one epoch: in a second one, steps begin inside the groups.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -585,8 +578,8 @@ def grouped_order(lengths, batch_size, micro_batches_per_step, seed, epoch):
         rest.append(index[whole_steps * step_size :])
 
     order = []
-    for step in rng.permutation(len(steps)):
-        by_length = steps[step][np.argsort(-abs(lengths[steps[step]]), kind="stable")]
+    for step in rng.permutation(steps):
+        by_length = step[np.argsort(-abs(lengths[step]), kind="stable")]
         # One sample to each micro-batch, row after row. Every second row runs backwards, so that no
         # micro-batch gets the longest of every row.
         rows = by_length.reshape(batch_size, micro_batches_per_step)
@@ -634,10 +627,10 @@ def add_flags(parser, signature, help):
     A flag that is not given stays out of the parser's result, so that Python's defaults hold.
     """
     for name, parameter in signature.parameters.items():
-        choices = typing.get_args(parameter.annotation)  # of a Literal
-        options = {"type": type(choices[0]), "choices": choices} if choices else {}
-        options = options or {"type": parameter.annotation}
-        if parameter.annotation is bool:
+        choices = typing.get_args(parameter.annotation) or None  # of a Literal
+        kind = type(choices[0]) if choices else parameter.annotation
+        options = {"type": kind, "choices": choices}
+        if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         is_required = parameter.default is parameter.empty
         text = "required" if is_required else f"default: {parameter.default!r}"

@@ -77,13 +77,14 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 def flag(default, help, stage="", positive=False):
     """A field of TrainConfig. stage: the only stage that takes it; positive: 0 is refused too."""
     only = f"{stage} only: " if stage else ""
-    metadata = {"help": f"{only}{help} (default: {default!r})", "stage": stage}
-    return dataclasses.field(default=default, metadata=metadata | {"positive": positive})
+    help = f"{only}{help} (default: {default!r})"
+    metadata = {"help": help, "stage": stage, "positive": positive}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The defaults are those of stage 1 of LLaVA-1.5; SETTINGS says what else changes them."""
+    """Defaults are stage 1 of LLaVA-1.5. SETTINGS overrides them by recipe, preset and stage."""
 
     stage: Literal["pretrain", "finetune"] = flag(
         "pretrain", "pretrain: the adapter, on captions; finetune: the LLM too, on conversations"
@@ -228,8 +229,8 @@ def parse_config(argv=None):
     for field in fields:
         name, value = field.name, getattr(cfg, field.name)
         only = field.metadata["stage"]
-        is_planned = cfg.dry_run and name in ("llm", "vision")  # parts of a stage 1 not yet run
-        if name in given and only not in ("", stage) and not is_planned:
+        plans_parts = cfg.dry_run and name in ("llm", "vision")  # of a stage 1 that has not run
+        if name in given and only not in ("", stage) and not plans_parts:
             raise UserError(f"--{name} belongs to --stage {only}, not to --stage {stage}")
         if field.metadata["positive"] and value <= 0:
             raise UserError(f"--{name} must be positive, not {value}")
@@ -284,7 +285,7 @@ class Run:
     schedule: Any
 
     def autocast(self):
-        """FSDP casts weights by itself: torch 2.11 would recompute a block in another dtype."""
+        """FSDP casts by itself; with autocast too, recomputation would use another dtype."""
         is_enabled = self.dtype == torch.bfloat16 and not self.cfg.fsdp
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
 
@@ -337,9 +338,7 @@ def train(run, train_set, val_set, first_step, steps, log):
             metrics["samples_per_s"] = cfg.global_batch() / seconds
             metrics["positions_per_s"] = metrics.pop("positions") / seconds
             if not math.isfinite(metrics["loss_g"] + metrics.get("loss_a", 0)):
-                raise UserError(
-                    f"step {step}: loss {metrics['loss_g']}; lower --lr, or use float32"
-                )
+                raise UserError(f"the loss is not finite: {metrics}; lower --lr, or use float32")
 
             is_last = step == steps
             if val_set and (step % cfg.val_every == 0 or is_last):
@@ -360,7 +359,7 @@ def train_step(run, batches, step):
     cfg = run.cfg
     lr = run.schedule.get_last_lr()[0]
     trained = sum((batch["targets"][:, 1:] != IGNORE).sum() for batch in batches)
-    num_targets = max(1.0, *all_sum([trained], run.device))
+    [num_targets] = all_sum([trained], run.device)
     sums = dict.fromkeys(("loss_g", "loss_a", "pairs", "matched", "positions"), 0)
     for i, batch in enumerate(batches):
         index = batch.pop("index")
@@ -368,14 +367,13 @@ def train_step(run, batches, step):
         for name in ("input_ids", "attention_mask", "targets", "pixels"):  # labels stay on the CPU
             batch[name] = batch[name].to(run.device, non_blocking=True)
 
-        # DDP averages gradients after the last micro-batch. (FSDP does after each: otherwise every
-        # rank would hold all gradients.)
+        # FSDP averages gradients after each micro-batch, DDP with this after the last one.
         run.parallel_model.require_backward_grad_sync = i == len(batches) - 1
         with run.autocast():
             out = run.parallel_model(
                 **batch,
                 # Averaging over ranks divides by their number once more.
-                num_targets=num_targets / world_size(),
+                num_targets=max(1, num_targets) / world_size(),
                 window=cfg.window,
                 generator=sample_generators(cfg.seed, step - 1, index),
                 gather=cfg.gather_pairs,
@@ -389,7 +387,7 @@ def train_step(run, batches, step):
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_grad)
     run.optimizer.step()
     run.schedule.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     with torch.no_grad():
         run.model.log_scale.clamp_(max=math.log(100))  # PAPER: τ is kept above 0.01, as CLIP does
 
@@ -502,7 +500,8 @@ def parallelize(cfg, model, dtype):
     """Compile, then shard (FSDP2) or copy (DDP) over the ranks -> the module to call.
 
     FSDP2 shards block by block. The rest is one group of its own: embeddings and head, which may be
-    tied, the adapter and τ. A tower that is wrapped as a whole would lose its hidden states.
+    tied, the adapter and τ. The vision tower is not wrapped as a whole: that changes its class, and
+    transformers then returns no hidden states.
     """
     vision_blocks, llm_blocks = model.blocks()
     if cfg.compile:
@@ -538,11 +537,9 @@ def build_model(cfg, device):
     if cfg.image_mode:
         model.preprocess["mode"] = cfg.image_mode
     if cfg.grad_checkpoint:
-        parts = [model.llava.model.language_model, model.vision_tower]
-        for part in parts[: 1 + cfg.tune_vision]:
-            # the name since transformers 5.23 and the name before
-            name = "activation_checkpointing_enable"
-            enable = getattr(part, name, part.gradient_checkpointing_enable)
+        for part in [model.llava.model.language_model] + [model.vision_tower] * cfg.tune_vision:
+            enable = getattr(part, "activation_checkpointing_enable", None)
+            enable = enable or part.gradient_checkpointing_enable  # before transformers 5.23
             enable({"use_reentrant": False})
             part.train()  # transformers checkpoints in training mode only; no LLM here has dropout
     # FSDP moves each shard by itself.
@@ -577,13 +574,13 @@ def build_data(cfg, model):
 
 def build_optimizer(cfg, model, steps):
     """AdamW without weight decay, as in LLaVA; the vision tower has a rate of its own."""
-    groups = {"vision": [], "rest": []}
+    groups = {"rest": [], "vision": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups["vision" if ".vision_tower." in name else "rest"].append(parameter)
-    rates = {"vision": cfg.vision_lr, "rest": cfg.lr}
+    rates = {"rest": cfg.lr, "vision": cfg.vision_lr}
     groups = [{"params": groups[name], "lr": rates[name]} for name in groups if groups[name]]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # PyTorch's betas and eps are LLaVA's
     warmup_steps = math.ceil(cfg.warmup_ratio * steps)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
 
@@ -603,9 +600,8 @@ def open_log(run, first_step):
     (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(run.cfg), indent=1))
     file = out_dir / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if first_step else []
-    lines = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-    lines = [line for line in lines if json.loads(line)["step"] <= first_step]
-    file.write_text("".join(lines))
+    whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+    file.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
     return file.open("a", buffering=1)
 
 
@@ -657,8 +653,7 @@ def load_checkpoint(run):
     new["grad_accum x ranks"] = new["grad_accum"] * world_size()
     for name in sorted(new.keys() - MAY_CHANGE_ON_RESUME):
         if old.get(name) != new[name]:
-            differs = f"{name} = {new[name]}, the checkpoint {folder} {name} = {old.get(name)}"
-            raise UserError(f"--resume: this run has {differs}")
+            raise UserError(f"--resume: {name} is {new[name]}, but {old.get(name)} in {folder}")
     state = training_state(run)
     try:
         dcp.load(state, checkpoint_id=folder)
