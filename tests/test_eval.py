@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from data import UserError
+from data import LlavaDataset, UserError, geometry
 from eval import chosen, modality_gap, nearest_word, normalize, pope_metrics, says_yes, tacs
 from model import load_model
 
@@ -106,6 +106,71 @@ def test_the_three_commands_on_an_out_dir_a_model_and_a_checkpoint(run, tmp_path
     # Two rows of an image alone, with the baseline's words, and with those of SEA; a legend below.
     with Image.open(tmp_path / "w.png") as sheet:
         assert sheet.size == (3 * (5 * 48 + 12) + 12, 2 * (6 * 48 + 8 + 12) + 12)
+
+
+def test_alignment_is_that_of_the_captions_own_tokens_and_of_the_words(run, world, tmp_path):
+    """Every measure of two captions again, from transformers' Llava and lists of numbers."""
+    model = load_model(run)
+    embeddings = model.embed_tokens.weight.detach().tolist()
+
+    def features(text):
+        ids = model.tokenizer(text, add_special_tokens=False).input_ids
+        return [embeddings[i] for i in ids]
+
+    words = (world / "words.txt").read_text().split()
+    word_features = [[sum(x) / len(x) for x in zip(*features(" " + word))] for word in words]
+    scores, losses, visual, names = [], [], [], []
+    for sample in json.loads((world / "train.json").read_text())[:2]:
+        caption = sample["conversations"][1]["value"]
+        image = geometry(Image.open(world / "images" / sample["image"]), **model.preprocess)[None]
+        with torch.no_grad():
+            x_v = model.visual_tokens(image)[0].tolist()
+            ids = model.tokenizer("<image>" * model.image_tokens + caption + "\n").input_ids
+            logits = model.llava(input_ids=torch.tensor([ids]), pixel_values=image).logits[0]
+        x_t = features(caption)
+        scores += [torch.tensor([max(cosine(v, t) for t in x_t) for v in x_v]).topk(10)[0].mean()]
+        log_probs = logits[:, : model.vocabulary_size].log_softmax(-1)
+        first = ids.index(model.image_token_id) + model.image_tokens
+        losses += [-float(log_probs[i - 1, ids[i]]) for i in range(first, len(ids))]
+        visual += x_v
+        names += [max(words, key=lambda w: cosine(v, word_features[words.index(w)])) for v in x_v]
+
+    flags = ["--model", str(run), "--samples", "2"]
+    result = evaluation.main(["tacs", *flags])
+    assert result["tacs"] == pytest.approx(float(np.mean(scores)), abs=1e-5)
+    assert result["caption_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+    def unit(vectors):
+        return [[x / math.hypot(*vector) for x in vector] for vector in vectors]
+
+    def gap(vectors, words):
+        return np.mean([min(math.dist(v, w) for w in words) for v in vectors])
+
+    expected = dict(
+        D=gap(visual, word_features),
+        visual_norm=np.mean([math.hypot(*v) for v in visual]),
+        word_norm=np.mean([math.hypot(*w) for w in word_features]),
+        D_of_unit_vectors=gap(unit(visual), unit(word_features)),
+    )
+    assert evaluation.main(["gap", *flags]) == pytest.approx(expected, rel=1e-4)
+    shares = evaluation.main(["words", *flags, "--out", str(tmp_path / "w.png")])["words"]
+    expected = {name: names.count(name) / len(names) for name in shares}
+    assert shares == pytest.approx(expected, abs=6e-4)
+
+
+def test_the_newline_that_ends_a_caption_is_not_among_its_tokens(run, world):
+    model = load_model(run)
+    sample = json.loads((world / "train.json").read_text())[0]
+    dataset = LlavaDataset(
+        [sample], world / "images", model.preprocess, model.tokenizer, model.image_tokens
+    )
+    score, *_ = evaluation.alignment_sums(model, dataset, "cpu")
+    item = dataset[0]
+    assert model.tokenizer.decode(item["targets"][-1:]) == "\n"
+    x_v = model.visual_tokens(item["pixels"][None])[0]
+    model.embed_tokens.weight.data[item["targets"][-1]] = x_v[0]  # a cosine of 1
+    assert evaluation.alignment_sums(model, dataset, "cpu")[0] == pytest.approx(score, abs=1e-6)
+    assert score < 0.9
 
 
 def test_without_held_out_data_the_training_data_are_measured(run, tmp_path, world, capsys):
@@ -293,7 +358,7 @@ def test_a_checkpoint_of_stage_2_whose_start_is_another_or_gone_is_refused(finet
         {"model": {"llm.extra": torch.zeros(2)}}, checkpoint_id=tmp_path / "step_3", no_dist=True
     )
     for init, error in (
-        (state["config"]["init"], "has no model.llm.extra"),
+        (state["config"]["init"], "no .model.llm.extra"),
         (f"{tmp_path}/gone", "gone: no adapter"),
     ):
         (tmp_path / "step_3/state.json").write_text(
@@ -327,6 +392,13 @@ def test_batches_answer_as_one_by_one(finetuned, world):
             evaluation.answer(model, samples, world / "images", batch_size=size, max_new_tokens=12)
             == one
         )
+    ids = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": texts[3]}], add_generation_prompt=True, return_dict=True
+    ).input_ids
+    prompt = torch.tensor([[model.tokenizer.bos_token_id, *ids]])
+    with torch.no_grad():
+        new = model.llava.generate(prompt, max_new_tokens=12, do_sample=False)[0, len(ids) + 1 :]
+    assert model.tokenizer.decode(new, skip_special_tokens=True).strip() == one[3]
     again = evaluation.answer(
         model, samples[::-1], world / "images", batch_size=4, max_new_tokens=12
     )

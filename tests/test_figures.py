@@ -52,6 +52,7 @@ def test_each_patch_has_the_colour_of_its_word(tmp_path):
             assert (np.abs(cell[:6] - cell[1, 1]) <= 1).all()
             assert (np.abs(cell - cell[1, 1]) > 50).any()  # the word is written there
 
+        assert (named[2 * side : 2 * side + 8] == 255).all()
         legend = named[2 * side + 8 :]
         by_count = sorted(set(of_patches) - {""}, key=of_patches.count, reverse=True)
         for i, word in enumerate(by_count):
