@@ -23,7 +23,7 @@ from data import UserError, cli, load_samples, run_command
 from labels import nearest_words
 from model import find_model, new_model, part_names
 
-# Samples in the files that the recipes name, for a plan before the download; the last two, about.
+# Samples of the files that the recipes name, for a plan before the download (two of them, about).
 SAMPLES = {
     "blip_laion_cc_sbu_558k.json": 558_128,
     "llava_v1_5_mix665k.json": 665_298,
@@ -168,16 +168,14 @@ def gpu_memory(cfg, model, ranks, positions, checkpoint):
     frozen: weights in the compute dtype. trained, gradients, moments: 4, 4 and 8 bytes for each
     trained weight. --fsdp divides these by the ranks.
     copies: autocast's bf16 copy of each trained weight, or what --fsdp gathers.
-    activations: what all blocks keep for backward; with checkpoint, their inputs and what one keeps.
+    activations: what all blocks keep; with checkpoint, their inputs and what one keeps.
     logits: of trained positions, with log-probabilities and two gradients.
     Left out: some GiB for the CUDA context, the allocator's gaps and the kernels' buffers.
     """
     size = 4 if cfg.dtype == "float32" else 2  # bytes of a number in the compute dtype
     shards = ranks if cfg.fsdp else 1
     trained = numel(model.parameters(), trained=True)
-    copies = 2 * trained if size == 2 else 0
-    if cfg.fsdp:
-        copies = gathered_bytes(model, size)
+    autocast_copies = 2 * trained if size == 2 else 0
     text = max(0, positions - model.image_tokens)
     targets = cfg.batch_size * text * TRAINED_SHARE[cfg.stage]
     memory = {
@@ -185,7 +183,7 @@ def gpu_memory(cfg, model, ranks, positions, checkpoint):
         "trained": 4 * trained / shards,
         "gradients": 4 * trained / shards,
         "moments": 8 * trained / shards,
-        "copies": copies,
+        "copies": gathered_bytes(model, size) if cfg.fsdp else autocast_copies,
         "activations": activation_bytes(cfg, model, positions, checkpoint, size),
         "logits": 12 * targets * model.llava.lm_head.weight.shape[0],
     }
