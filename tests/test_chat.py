@@ -1,4 +1,4 @@
-"""Chat formats of every family: what is fed, what is trained, and that inference builds the same (stage 2)."""
+"""Stage 2's chat formats: what is fed, what is trained, and that inference builds the same."""
 
 import copy
 import json
@@ -26,22 +26,40 @@ from data import (
 
 FAMILIES = ("vicuna", "llama-3", "phi-3", "gemma", "chatml")
 SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions."
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# the formats as their owners publish them, for: system text "Be brief.", image, "Q1", "A1", "Q2", "A2"
+# the formats as their owners publish them, a turn a line, for: system text "Be brief.", image,
+# "Q1", "A1", "Q2", "A2"
 PUBLISHED = {
     "vicuna": "Be brief. USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>",
-    "llama-3": "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
-    "<|end_header_id|>\n\n<image>\nQ1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
-    "\n\nA2<|eot_id|>",
-    "phi-3": "<|system|>\nBe brief.<|end|>\n<|user|>\n<image>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nQ2"
-    "<|end|>\n<|assistant|>\nA2<|end|>\n",
-    "gemma": "<start_of_turn>user\nBe brief.\n\n<image>\nQ1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>"
-    "\n<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\nA2<end_of_turn>\n",
-    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant"
-    "\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n",
+    "llama-3": (
+        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nQ1<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA2<|eot_id|>"
+    ),
+    "phi-3": (
+        "<|system|>\nBe brief.<|end|>\n"
+        "<|user|>\n<image>\nQ1<|end|>\n"
+        "<|assistant|>\nA1<|end|>\n"
+        "<|user|>\nQ2<|end|>\n"
+        "<|assistant|>\nA2<|end|>\n"
+    ),
+    "gemma": (
+        "<start_of_turn>user\nBe brief.\n\n<image>\nQ1<end_of_turn>\n"
+        "<start_of_turn>model\nA1<end_of_turn>\n"
+        "<start_of_turn>user\nQ2<end_of_turn>\n"
+        "<start_of_turn>model\nA2<end_of_turn>\n"
+    ),
+    "chatml": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nQ1<|im_end|>\n"
+        "<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n"
+        "<|im_start|>assistant\nA2<|im_end|>\n"
+    ),
 }
 DEFAULT_SYSTEM = {
     "vicuna": SYSTEM,
@@ -107,58 +125,34 @@ def trained_spans(ids, labels, tokenizer):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_text_is_the_published_format(tokenizers, name):
+    def text_of(sample):
+        return tokenizers[name].apply_chat_template(chat_messages(sample), tokenize=False)
+
+    published = PUBLISHED[name]
     sample = conversation("Q1\n<image>", "A1", "Q2", "A2", system="Be brief.")
-    assert (
-        tokenizers[name].apply_chat_template(chat_messages(sample), tokenize=False)
-        == PUBLISHED[name]
-    )
-    default = tokenizers[name].apply_chat_template(
-        chat_messages(conversation("Q1", "A1", "Q2", "A2")), tokenize=False
-    )
+    assert text_of(sample) == published
+    default = text_of(conversation("Q1", "A1", "Q2", "A2"))
     if DEFAULT_SYSTEM[name]:
-        assert default == PUBLISHED[name].replace("Be brief.", DEFAULT_SYSTEM[name])
+        assert default == published.replace("Be brief.", DEFAULT_SYSTEM[name])
     else:
-        assert default in PUBLISHED[name].replace("Be brief.\n\n", "") and default.startswith(
-            PUBLISHED[name][:9]
-        )
+        assert default in published.replace("Be brief.\n\n", "")
+        assert default.startswith(published[:9])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_bos_where_the_tokenizer_has_one_and_the_end_token_is_eos(tokenizers, name):
     tokenizer = tokenizers[name]
     ids, _ = encode_conversation(conversation("<image>\nQ1", "A1"), tokenizer, 4, chat=True)
-    assert (ids == tokenizer.bos_token_id).nonzero().flatten().tolist() == (
-        [] if name == "phi-3" else [0]
-    )
+    bos = (ids == tokenizer.bos_token_id).nonzero().flatten().tolist()
+    assert bos == ([] if name == "phi-3" else [0])
     assert (ids == tokenizer.convert_tokens_to_ids("<image>")).sum() == 4
     assert tokenizer.eos_token == END[name].strip() and tokenizer.pad_token_id is not None
 
 
-TEXT = st.text(
-    st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="<|▁"),
-    max_size=30,
-)
-TEXT = st.one_of(
-    TEXT,
-    st.sampled_from(
-        [
-            "Yes.",
-            "a red door",
-            "1, 2",
-            "line\nbreak",
-            "two\n\nbreaks",
-            "  spaces  ",
-            "é",
-            "中文",
-            "🙂 ok",
-            "- a\n- b\n",
-            "x" * 50,
-            "USER: no",
-            "ASSISTANT:",
-            "\tindent",
-        ]
-    ),
-)
+CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="<|▁")
+TRICKY = ["Yes.", "a red door", "1, 2", "line\nbreak", "two\n\nbreaks", "  spaces  ", "\tindent"]
+TRICKY += ["é", "中文", "🙂 ok", "- a\n- b\n", "x" * 50, "USER: no", "ASSISTANT:"]
+TEXT = st.one_of(st.text(CHARACTERS, max_size=30), st.sampled_from(TRICKY))
 
 
 @settings(max_examples=60, deadline=None)
@@ -173,7 +167,10 @@ TEXT = st.one_of(
 def test_training_feeds_what_the_exported_processor_builds(
     tokenizers, processors, name, turns, image, place, system, seed
 ):
-    """Token for token and pixel for pixel, for random conversations; and what is trained is the answers, whole."""
+    """Token for token and pixel for pixel, for random conversations.
+
+    And what is trained is the answers, whole.
+    """
     tokenizer, processor = tokenizers[name], processors[name]
     texts = [text for pair in turns for text in pair]
     if image:
@@ -188,38 +185,28 @@ def test_training_feeds_what_the_exported_processor_builds(
     messages = []  # as a user of the exported model writes them
     for message in chat_messages(sample):
         text = message["content"].removeprefix("<image>").strip()
-        parts = (
-            [{"type": "image", "image": picture}]
-            if message["content"].startswith("<image>")
-            else []
-        )
-        messages.append(
-            {"role": message["role"], "content": [*parts, {"type": "text", "text": text}]}
-        )
-    built = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+        content = [{"type": "text", "text": text}]
+        if message["content"].startswith("<image>"):
+            content.insert(0, {"type": "image", "image": picture})
+        messages.append({"role": message["role"], "content": content})
+    tensors = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    built = processor.apply_chat_template(messages, **tensors)
     assert built["input_ids"][0].tolist() == ids.tolist()
     if image:
         assert torch.equal(built["pixel_values"][0], data.geometry(picture, **GEOMETRY))
-    prompt = processor.apply_chat_template(
-        messages[:-1],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )["input_ids"][0]
-    assert (
-        prompt.tolist() == ids[: len(prompt)].tolist() and (labels[len(prompt) :] != IGNORE).any()
-    )
+    asked = processor.apply_chat_template(messages[:-1], add_generation_prompt=True, **tensors)
+    prompt = asked["input_ids"][0]
+    assert prompt.tolist() == ids[: len(prompt)].tolist()
+    assert (labels[len(prompt) :] != IGNORE).any()
 
-    spans, start = trained_spans(ids, labels, tokenizer), {"vicuna": " "}.get(name, "")
+    spans = trained_spans(ids, labels, tokenizer)
+    start = " " if name == "vicuna" else ""
     assert len(spans) == len(turns)
     for span, (_, answer) in zip(spans, turns):
-        # what a tokenizer cannot give back (Unicode that its normaliser rewrites) it cannot give back alone either
-        whole = tokenizer.decode(
-            tokenizer(start + answer.strip() + END[name], add_special_tokens=False)["input_ids"]
-        )
+        # what a tokenizer cannot give back (Unicode that its normaliser rewrites) it cannot give
+        # back alone either
+        alone = tokenizer(start + answer.strip() + END[name], add_special_tokens=False)
+        whole = tokenizer.decode(alone["input_ids"])
         assert span.strip(" ") == whole.strip(" ")
         if answer.isascii():
             assert span.lstrip(" ") == (answer.strip() + END[name]).lstrip(" ")
@@ -232,9 +219,8 @@ def test_truncation_never_cuts_an_image(tokenizers, name):
     sample = conversation("Q1", "A1", "<image>\nQ2", "A2")
     whole, labels = encode_conversation(sample, tokenizer, 9, chat=True)
     at = whole.tolist().index(image)
-    with pytest.raises(
-        UserError, match="max_length 9 leaves no room for text beside 9 image tokens"
-    ):
+    message = "max_length 9 leaves no room for text beside 9 image tokens"
+    with pytest.raises(UserError, match=message):
         encode_conversation(sample, tokenizer, 9, 9, chat=True)
     for length in range(10, len(whole) + 2):
         ids, cut = encode_conversation(sample, tokenizer, 9, length, chat=True)
@@ -246,20 +232,18 @@ def test_truncation_never_cuts_an_image(tokenizers, name):
 def test_an_image_that_no_turn_names_comes_first_and_an_early_answer_is_dropped():
     sample = conversation("Q1", "A1", "Q2", "A2")
     sample["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
-    assert (
-        chat_messages(sample)[0] == {"role": "user", "content": "<image>\nQ1"}
-        and len(chat_messages(sample)) == 4
-    )
-    assert chat_messages(conversation("Q1 <image> more", "A1"))[0]["content"] == "<image>\nQ1  more"
+    messages = chat_messages(sample)
+    assert messages[0] == {"role": "user", "content": "<image>\nQ1"} and len(messages) == 4
+    first = chat_messages(conversation("Q1 <image> more", "A1"))[0]
+    assert first["content"] == "<image>\nQ1  more"
 
 
 def test_a_marker_without_its_end_token_is_no_format(tokenizers):
-    """GLM's vocabulary has <|assistant|> but no <|end|>: what follows from the first alone would never stop."""
+    """GLM's vocabulary has <|assistant|> but no <|end|>: the first alone would never stop."""
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = None
-    vocabulary = {t: i for t, i in tokenizer.get_vocab().items() if not t.startswith("<|im_")} | {
-        "<|assistant|>": 7
-    }
+    vocabulary = {t: i for t, i in tokenizer.get_vocab().items() if not t.startswith("<|im_")}
+    vocabulary["<|assistant|>"] = 7
     tokenizer.get_vocab = lambda: vocabulary
     tokenizer.eos_token = "</s>"
     prepare_tokenizer(tokenizer)
@@ -269,20 +253,21 @@ def test_a_marker_without_its_end_token_is_no_format(tokenizers):
 def test_a_template_that_marks_answers_is_kept(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     own = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     tokenizer.chat_template = own
     prepare_tokenizer(tokenizer)
     assert tokenizer.chat_template == own
-    tokenizer.chat_template = own.replace(
-        " + eos_token", ""
-    )  # what is trained by this would never end
+    # what is trained by this would never end
+    tokenizer.chat_template = own.replace(" + eos_token", "")
     prepare_tokenizer(tokenizer)
     assert tokenizer.chat_template == tokenizers["chatml"].chat_template
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if loop.index == 2 %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if loop.index == 2 %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     with pytest.raises(UserError, match="marks 1 of 2 answers"):
         encode_conversation(conversation("Q1", "A1", "Q2", "A2"), tokenizer, 4, chat=True)
@@ -342,12 +327,10 @@ def test_text_only_and_image_samples_in_one_batch(tokenizers, tmp_path):
     batch = data.collate([dataset[i] for i in range(3)], tokenizer.pad_token_id)
     images = (batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")).sum(1)
     assert batch["pixels"].shape == (1, 3, 28, 28) and images.tolist() == [0, 4, 0]
-    assert batch["attention_mask"].sum(1).tolist() == [
-        len(dataset[i]["input_ids"]) for i in range(3)
-    ]
-    assert (
-        tokenizer.pad_token_id == tokenizer.eos_token_id
-    )  # and still every end token is seen and trained:
+    lengths = [len(dataset[i]["input_ids"]) for i in range(3)]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    # padding is the end token, and still every end token is seen and trained
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert [(row == tokenizer.eos_token_id).sum() for row in batch["targets"]] == [1, 1, 1]
     assert data.collate([dataset[0]], 0)["pixels"].shape[0] == 0
 
