@@ -30,12 +30,11 @@ from tqdm import tqdm
 
 from data import UserError, cli, geometry, load_samples, read_image, run_command
 
-# short name -> open_clip model, its weights, the path by which its patches are read by default
-# PAPER: Eq. 8 is for OpenAI's CLIP with the path `last`; default_sign says why it has a minus.
+# short name -> open_clip model and its weights
 ENCODERS = {
-    "clip-l-336": ("ViT-L-14-336-quickgelu", "openai", "last"),
-    "clip-l-224": ("ViT-L-14-quickgelu", "openai", "last"),
-    "siglip-384": ("ViT-SO400M-14-SigLIP-384", "webli", "value"),
+    "clip-l-336": ("ViT-L-14-336-quickgelu", "openai"),
+    "clip-l-224": ("ViT-L-14-quickgelu", "openai"),
+    "siglip-384": ("ViT-SO400M-14-SigLIP-384", "webli"),
 }
 PROMPT = "a photo of a {}."  # PAPER: the prompt around a word is not given; this is CLIP's own
 SURGERY_BLOCKS = 6  # the last blocks, which the path `vv` sums over, as in CLIP Surgery
@@ -147,8 +146,11 @@ def read_words(file):
 
 
 def load_encoder(name, pretrained="", device="cpu"):
-    """An open_clip model with its .tokenizer. name: a short name of ENCODERS, a folder with
-    open_clip_config.json and weights, or any open_clip name together with its `pretrained` tag."""
+    """An open_clip model with its .tokenizer and, if it is known, .default_path.
+
+    name: a short name of ENCODERS, a folder with open_clip_config.json and weights, or any
+    open_clip name together with its `pretrained` tag.
+    """
     import open_clip
 
     source = name
@@ -156,7 +158,7 @@ def load_encoder(name, pretrained="", device="cpu"):
     if pretrained and (name in ENCODERS or is_folder):
         raise UserError(f"--encoder {name} brings its weights; leave out --pretrained")
     if name in ENCODERS:
-        source, pretrained, _ = ENCODERS[name]
+        source, pretrained = ENCODERS[name]
     elif is_folder:
         source = f"local-dir:{name}"
     elif not pretrained:
@@ -172,6 +174,8 @@ def load_encoder(name, pretrained="", device="cpu"):
     except (OSError, RuntimeError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--encoder {name}: cannot be loaded ({reason})") from e
+    # PAPER: Eq. 8 is about OpenAI's CLIP, read by its last tokens; of other weights nothing is said
+    encoder.default_path = "last" if pretrained == "openai" else ""
     return encoder.eval().requires_grad_(False)
 
 
@@ -246,6 +250,7 @@ def patch_embeddings(encoder, pixels, path="last"):
 
 
 def _timm_patches(visual, pixels, path):
+    """patch_embeddings of a tower of timm, before normalisation."""
     trunk = visual.trunk
     x = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :]
     if path == "value":  # in parts, as GPU kernels take at most 65,535 sequences
@@ -255,11 +260,13 @@ def _timm_patches(visual, pixels, path):
 
 
 def _open_clip_patches(visual, pixels, path):
+    """patch_embeddings of a tower of open_clip, before normalisation."""
     blocks = visual.transformer.resblocks
     x = visual._embeds(pixels)  # [B, 1 + m, width], the class token first
     inputs = collections.deque([x], maxlen=SURGERY_BLOCKS)  # of the last blocks
     for block in blocks[:-1]:
         inputs.append(block(inputs[-1]))
+
     if path == "vv":
         x = inputs[0]
         for block, block_input in zip(blocks[-SURGERY_BLOCKS:], inputs):
@@ -282,7 +289,7 @@ def _vv_attention(attention, x):
 def word_embeddings(encoder, words, prompt=PROMPT, batch_size=256):
     """T = h(W) (Eq. 7): q words -> [q, d], L2-normalised. prompt: a text with {} for the word."""
     embeds = []
-    for start in tqdm(range(0, len(words), batch_size), "embedding words", unit="batch"):
+    for start in tqdm(range(0, len(words), batch_size), "embedding words"):
         texts = [prompt.replace("{}", word) for word in words[start : start + batch_size]]
         tokens = encoder.tokenizer(texts).to(encoder.logit_scale.device)
         embeds.append(F.normalize(encoder.encode_text(tokens).float(), dim=-1))
@@ -320,8 +327,10 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
         unsure = unsure[bound >= scores[unsure, found - 1].clamp(min=min_score)]
         if len(unsure) == 0:
             break
+
     for i in unsure:
         ids[i, :found], scores[i, :found] = _sort(patches[i], word_embeds, n)
+
     too_low = scores <= min_score
     return ids.masked_fill(too_low, -1), scores.float().masked_fill(too_low, 0)
 
@@ -428,6 +437,7 @@ class LabelStore:
         return self.meta["images"]
 
     def record(self, i):
+        """What the file says of image i: a numpy record with ids, scores and crc."""
         return _load(self.shards[i // self.meta["shard"]])[i % self.meta["shard"]]
 
     def __getitem__(self, i):
@@ -449,6 +459,7 @@ class LabelStore:
 
 
 def _refuse_difference(folder, made, asked):
+    """UserError that names the first field of `asked` in which the store was made otherwise."""
     for field, value in asked.items():
         if made.get(field) != value and field not in ("data", "image_folder"):  # these may move
             raise UserError(
@@ -463,6 +474,7 @@ def digest(texts):
 
 
 def _manifest(samples):
+    """Which images, in which order."""
     return digest(sample["image"] for sample in samples)
 
 
@@ -478,21 +490,24 @@ def record_type(q, m, n):
 
 
 def _read_meta(folder, asked=None):
-    """meta.json of a store -> its fields and the store's files of labels. UserError if it is damaged
-    or was made with other settings than those `asked` for."""
+    """meta.json of a store -> its fields, and the files of labels that belong to it.
+
+    UserError if it is damaged, or the store was made with other settings than those `asked` for.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
         shards = math.ceil(meta["images"] / meta["shard"])
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
-            f"{folder}: no label store, or a damaged one ({e!r}); make one with "
-            "labels.py extract and another --out"
+            f"{folder}: no label store, or a damaged one ({e!r}); make one with labels.py "
+            "extract and another --out"
         ) from e
     _refuse_difference(folder, meta, asked or {})
     return meta, [folder / f"labels-{k:05}.npy" for k in range(shards)]
 
 
 def _load(file):
+    """An array of a store, left on the disk."""
     try:
         return np.load(file, mmap_mode="r")
     except Exception as e:  # numpy has many ways to say that a file is incomplete
@@ -536,21 +551,23 @@ def extract(
     """Label the images of a data file and write the store `out`; an interrupted run continues.
 
     encoder: clip-l-336, clip-l-224, siglip-384, a folder, or an open_clip name with `pretrained`.
-    path: how patches are read; by default `last` for clip-l-336 and clip-l-224, as in the paper,
-    and `value` for everything else, even for the same weights given otherwise. sign: by default -1
-    for `last`, 1 for the rest. center: subtract the mean word. n: labels per patch, at most. mass:
+    path: how patches are read; by default `last` for OpenAI's weights, as in the paper, unless they
+    come as a folder, and `value` for everything else. sign: by default -1 for `last`, 1 for the
+    rest. center: subtract the mean word from all words. n: labels per patch, at most. mass: if
     below 1, keep the first labels that hold this share of the probability among the n. shard:
     images per file, the most work an interruption can lose. dtype: by default bfloat16 on a GPU.
     """
     settings = dict(locals())
     _check_flags(**settings)
     _use_full_precision()
+
     rank = int(os.environ.get("RANK", 0))  # both set by torchrun
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     samples = load_samples(data)
     words = read_words(words)
     clip = load_encoder(encoder, pretrained, _rank_device())
     meta = _resolve(settings, samples, words, clip)
+
     folder = Path(out)
     if rank == 0:
         _start_store(folder, meta, words)
@@ -562,8 +579,7 @@ def extract(
     missing = [k for k in range(rank, len(files), ranks) if not files[k].exists()]
     batches = [batch.tolist() for k in missing for batch in shards[k].split(batch_size)]
     found = _label(clip, word_embeds, samples, batches, meta, workers)
-    name = f"labelling (rank 0 of {ranks})"
-    found = iter(tqdm(found, name, len(batches), disable=rank > 0, unit="batch"))
+    found = iter(tqdm(found, f"labelling (rank 0 of {ranks})", len(batches), disable=rank > 0))
     for k in missing:
         records = []
         for ids, scores, crcs in itertools.islice(found, math.ceil(len(shards[k]) / batch_size)):
@@ -576,6 +592,7 @@ def extract(
 
 
 def _check_flags(image_folder, prompt, n, min_score, mass, batch_size, shard, **_):
+    """Refuse at once what would fail late, or not at all."""
     if not min_score >= 0 or not 0 < mass <= 1 or min(n, batch_size, shard) < 1:
         raise UserError(
             "--min_score must not be negative (scores become sampling probabilities, Eq. 9), "
@@ -588,6 +605,7 @@ def _check_flags(image_folder, prompt, n, min_score, mass, batch_size, shard, **
 
 
 def _rank_device():
+    """The GPU of this process, or the CPU."""
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set by torchrun
     return torch.device(gpu if torch.cuda.is_available() else "cpu")
 
@@ -601,8 +619,8 @@ def _resolve(settings, samples, words, clip):
     for flag in ("data", "image_folder", "encoder"):
         if os.path.exists(meta[flag]):
             meta[flag] = os.path.realpath(meta[flag])
-    name = settings["encoder"]
-    meta["path"] = meta["path"] or (ENCODERS[name][2] if name in ENCODERS else patch_paths(clip)[0])
+
+    meta["path"] = meta["path"] or clip.default_path or patch_paths(clip)[0]
     device = clip.logit_scale.device
     blank = torch.zeros(1, 3, meta["size"], meta["size"], device=device)
     side = math.isqrt(patch_embeddings(clip, blank, meta["path"]).shape[1])
@@ -645,6 +663,7 @@ def _stored_word_embeddings(folder, meta, words, clip, rank=0):
 
 
 def _autocast(clip, meta):
+    """The encoder's precision."""
     device = clip.logit_scale.device.type
     return torch.autocast(device, torch.bfloat16, enabled=meta["dtype"] == "bfloat16")
 
@@ -717,6 +736,7 @@ def show(
     rows = range(0, len(store), math.ceil(len(store) / max(1, sample)))
     ids, scores = map(torch.stack, zip(*(store[i] for i in rows)))
     top_words = _top_words(samples, rows, store.words, ids)
+
     _print_statistics(store, ids, scores, itertools.chain(*top_words.values()))
 
     pictures = []
@@ -736,12 +756,13 @@ def show(
 def _top_words(samples, rows, words, ids):
     """ids [images, m, n] -> {image: the word of highest score of each patch, "" for no label}."""
     found = {}
-    for row, image_ids in zip(rows, ids[..., 0]):
+    for row, image_ids in zip(rows, ids[..., 0].tolist()):
         found[samples[row]["image"]] = [words[i] if i >= 0 else "" for i in image_ids]
     return found
 
 
 def _print_statistics(store, ids, scores, top_words):
+    """How many labels there are, how high they score, which words they are."""
     is_label = (ids >= 0).float()
     print(
         f"{len(store):,} images, {len(store.words):,} words; in {len(ids)} of the images "
@@ -783,6 +804,7 @@ def _try_paths(store, samples, rows, truth):
 
 
 def _print_true_share(name, truth, top_words):
+    """One line: name, and the share of each kind of patch."""
     shares = true_share(truth, top_words)
     print(f"{name:>16}: " + ", ".join(f"{kind} {share:.3f}" for kind, share in shares.items()))
 

@@ -794,6 +794,28 @@ def test_default_path_and_sign(settings, tmp_path, encoder_default, path, sign):
     assert (meta["path"], meta["sign"]) == (path, sign)
 
 
+@pytest.mark.parametrize(
+    "name, pretrained, path",
+    [
+        ("clip-l-336", "", "last"),
+        ("clip-l-224", "", "last"),
+        ("ViT-B-16-quickgelu", "openai", "last"),
+        ("ViT-B-16", "laion2b_s34b_b88k", "value"),
+        ("siglip-384", "", "value"),
+    ],
+)
+def test_the_default_path_belongs_to_the_weights(
+    settings, encoder, tmp_path, monkeypatch, name, pretrained, path
+):
+    """Those of the name that open_clip is given stand in for what would be a download."""
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: encoder)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: open_clip.SimpleTokenizer())
+    chosen = settings | dict(encoder=name, pretrained=pretrained, path="", sign=0)
+    extract(**chosen, out=str(tmp_path / "labels"))
+    meta = LabelStore(tmp_path / "labels").meta
+    assert (meta["path"], meta["sign"]) == (path, -1 if path == "last" else 1)
+
+
 def hand_store(folder, words, ids, scores=0.25, id_type=np.uint16, shard=2, **meta):
     """A store written file by file; ids [images, m, n] with -1 for none."""
     ids = np.asarray(ids)
