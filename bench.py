@@ -52,7 +52,7 @@ def plan(cfg, ranks, pretrain_cfg):
     loading = ranks_per_node * sum(p.nbytes for p in model.parameters())  # each holds all of it
     model.log_scale.requires_grad_(cfg.sea_weight > 0)
     if not is_pretrain:
-        model.train_llm(cfg.tune_vision, dtype)
+        model.thaw_llm(cfg.tune_vision, dtype)
 
     params = count_parameters(model)
     run = plan_steps(cfg, ranks, model.image_tokens)

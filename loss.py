@@ -16,7 +16,7 @@ Terms, with one meaning everywhere:
     word feature   the LLM's embedding of a word, Ψ(w) [D]
     targets        the token ids that the LLM learns to predict
 
-Label tensors usually live on the CPU: choosing the pairs there costs no GPU synchronisation.
+Label tensors usually live on the CPU: without gather, choosing pairs costs no synchronisation.
 """
 
 import torch
@@ -50,9 +50,8 @@ def sea_loss(
     `matched`, how many of their visual tokens are nearest to their own word feature.
 
     PAPER: "one batch" is the micro-batch of one rank. With gather it is the micro-batches of all
-    ranks: each rank computes the terms of its own pairs against everybody's, times the number of
-    ranks. DDP's average over ranks then has the loss and the gradient of a single process that
-    holds the whole batch. Ranks may hold different numbers of images.
+    ranks. Each rank then returns its own pairs' terms of the whole loss, times the number of ranks,
+    so that DDP's mean over ranks is the whole loss. Ranks may hold different numbers of images.
     """
     if visual_tokens.shape[:2] != label_ids.shape[:2] or label_ids.shape[1] != grid[0] * grid[1]:
         found = f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)}"
@@ -65,17 +64,18 @@ def sea_loss(
 
     # Equal inputs and stable sorts: with gather, every rank keeps the same pairs.
     kept = one_patch_per_label(labels, priority=priority)
-    own = is_own[kept].nonzero().flatten().to(x.device)
+    own_rows = is_own[kept].nonzero().flatten().to(x.device)
     x = x[kept.to(x.device)]  # (N, D)
     t = word_features_of(labels[kept])
-    loss = contrastive_loss(x, t, log_scale, own)
+    loss = contrastive_loss(x, t, log_scale, own_rows)
     if gather:
         loss = loss * dist.get_world_size()
 
     with torch.no_grad():
-        cosine = F.normalize(x[own].float(), dim=-1) @ F.normalize(t.float(), dim=-1).T
-        is_nearest = (cosine <= cosine.gather(1, own.unsqueeze(1))).all(-1)
-    return loss, {"pairs": len(own), "matched": is_nearest.sum()}
+        cosine = F.normalize(x[own_rows].float(), dim=-1) @ F.normalize(t.float(), dim=-1).T
+        own_cosine = cosine.gather(1, own_rows.unsqueeze(1))
+        is_nearest = (cosine <= own_cosine).all(-1)
+    return loss, {"pairs": len(own_rows), "matched": is_nearest.sum()}
 
 
 def total_loss(loss_g, loss_a, sea_weight):
@@ -96,8 +96,8 @@ def sample_labels(label_ids, label_scores, generator=None):
     cumulative = scores.cumsum(-1)
     total = cumulative[..., -1:]
 
-    # Inverse of the cumulative distribution. The noise stays below 1 by far more than float64
-    # rounding, so that the threshold stays below the total and no score of zero is ever reached.
+    # Inverse of the cumulative distribution. Float32 noise is at most 1 - 2^-24, so the threshold
+    # is below the total, and right=True skips scores of zero.
     noise = _uniform(label_ids.shape[:-1], generator, label_ids.device)
     threshold = noise.double().unsqueeze(-1) * total
     first_above = torch.searchsorted(cumulative, threshold, right=True)
@@ -115,7 +115,6 @@ def sample_windows(valid, window, generator=None):
     patch is left out for ever.
     """
     noise = _uniform(valid.shape, generator, valid.device).masked_fill(~valid, -1)
-    # The patch with the largest noise of its window is a uniformly chosen one.
     largest, patches = F.max_pool2d(noise, window, ceil_mode=True, return_indices=True)
     return patches.masked_fill(largest < 0, -1).flatten(1)
 
@@ -130,32 +129,29 @@ def one_patch_per_label(labels, generator=None, priority=None):
         priority = _uniform(labels.shape, generator, labels.device)
     order = priority.argsort(stable=True)
     sorted_labels, by_label = labels[order].sort(stable=True)  # equal labels stay in that order
-    is_first = sorted_labels >= 0
-    is_first[1:] &= sorted_labels[1:] != sorted_labels[:-1]
+    is_first = sorted_labels.diff(prepend=sorted_labels.new_tensor([-1])) > 0
     return order[by_label[is_first]]
 
 
 def sample_pairs(label_ids, label_scores, grid, window, generator=None):
-    """One labelled patch of each window and one label for it.
+    """Candidates for pairs: one labelled patch of each window and one label for it.
 
     PAPER: in this order: a window without a labelled patch gives no pair.
 
     label_ids, label_scores [B, m, n], grid (H, W) -> patches (indices into B * m), labels (-1 where
     a window gives no pair), priority (noise for one_patch_per_label), each [B * windows].
     """
-    B, m, n = label_ids.shape
+    B, m, _ = label_ids.shape
     has_label = ((label_ids >= 0) & (label_scores > 0)).any(-1)
     patches = sample_windows(has_label.view(B, *grid), window, generator)  # (B, windows)
     is_empty = patches < 0
-    patches = patches.clamp(min=0)
+    patches = patches.clamp(min=0) + m * torch.arange(B, device=patches.device).unsqueeze(1)
 
-    rows = patches.unsqueeze(-1).expand(-1, -1, n)
-    labels = sample_labels(label_ids.gather(1, rows), label_scores.gather(1, rows), generator)
-    labels = labels.masked_fill(is_empty, -1)
+    ids = label_ids.flatten(0, 1)[patches]  # (B, windows, n)
+    scores = label_scores.flatten(0, 1)[patches]
+    labels = sample_labels(ids, scores, generator).masked_fill(is_empty, -1)
     priority = _uniform(labels.shape, generator, labels.device)
-
-    first_patch = m * torch.arange(B, device=patches.device).unsqueeze(1)  # of each image
-    return (patches + first_patch).flatten(), labels.flatten(), priority.flatten()
+    return patches.flatten(), labels.flatten(), priority.flatten()
 
 
 def _uniform(shape, generator, device):
@@ -181,8 +177,7 @@ def word_features(embedding_weight, token_ids, offsets):
     offsets [N], where each word starts in them -> [N, D], in float32 or better.
     """
     token_embeds = _at_least_float32(F.embedding(token_ids, embedding_weight))
-    # embedding_bag adds in the dtype of its table. The table here is token_embeds, in float32, and
-    # row i of it is token i of the text: hence the plain numbering instead of token ids.
+    # embedding_bag adds in the dtype of its table: here token_embeds, whose row i is token i.
     numbering = torch.arange(len(token_ids), device=token_ids.device)
     return F.embedding_bag(numbering, token_embeds, offsets, mode="mean")
 
@@ -192,8 +187,8 @@ def contrastive_loss(x, t, log_scale, rows=slice(None)):
 
     x [N, D] visual tokens, t [N, D] word features, log_scale one element -> scalar. 0 with a graph
     when N = 0. Computed in float32 or better, even under autocast (on a GPU in TF32 if that is on).
-    rows: the index of the pairs whose terms are added up, all by default. The losses of the parts
-    of a partition add up to the loss of the whole.
+    rows: the pairs whose terms are added up, all by default. Losses over disjoint rows add up to
+    the whole loss.
     """
     if len(x) == 0:
         return (x.sum() + t.sum() + log_scale.sum()) * 0
@@ -201,9 +196,9 @@ def contrastive_loss(x, t, log_scale, rows=slice(None)):
         x = F.normalize(_at_least_float32(x), dim=-1)
         t = F.normalize(_at_least_float32(t), dim=-1)
         scale = _at_least_float32(log_scale).exp()
-        target = torch.arange(len(x), device=x.device)[rows]
-        x_to_t = F.cross_entropy(scale * x[rows] @ t.T, target, reduction="sum")
-        t_to_x = F.cross_entropy(scale * t[rows] @ x.T, target, reduction="sum")
+        diagonal = torch.arange(len(x), device=x.device)[rows]
+        x_to_t = F.cross_entropy(scale * x[rows] @ t.T, diagonal, reduction="sum")
+        t_to_x = F.cross_entropy(scale * t[rows] @ x.T, diagonal, reduction="sum")
     return (x_to_t + t_to_x) / (2 * len(x))
 
 

@@ -7,7 +7,6 @@ Generating, tied weights, and the format of a saved folder are transformers' own
 
 import contextlib
 import copy
-import itertools
 import json
 import math
 from pathlib import Path
@@ -83,9 +82,9 @@ class SEAModel(nn.Module):
         self.image_tokens = llava.config.image_seq_length
         side = math.isqrt(self.image_tokens)
         self.grid = (side, side)
-        # Rows of the embedding that only make room for <image> stand for no word: never predicted.
-        no_words = llava.generation_config.suppress_tokens or []
-        self.vocabulary_size = self.embed_tokens.weight.shape[0] - len(no_words)
+        # Rows at the embedding's end that only make room for <image> are never predicted.
+        padding_ids = llava.generation_config.suppress_tokens or []
+        self.vocabulary_size = self.embed_tokens.num_embeddings - len(padding_ids)
         self.word_token_ids = None  # see set_words
 
     def forward(
@@ -114,7 +113,9 @@ class SEAModel(nn.Module):
         text = self.embed_tokens(input_ids)  # Eq. 2, with a row to be replaced for each <image>
         inputs = text.masked_scatter(is_image.unsqueeze(-1), visual_tokens.to(text.dtype))  # Eq. 3
         decoder = self.llava.model.language_model
-        hidden = decoder(inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False)[0]
+        hidden = decoder(
+            inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
 
         # Position i predicts token i + 1. Positions without a target never meet the LM head.
         next_targets = targets[:, 1:]
@@ -171,11 +172,10 @@ class SEAModel(nn.Module):
         labels [N] -> [N, D].
         """
         words = [self.word_token_ids[label] for label in labels.tolist()]
-        ends = torch.tensor([0, *map(len, words)], device=self.device).cumsum(0)
-        token_ids = list(itertools.chain.from_iterable(words))
-        token_ids = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
-        features = word_features(self.embed_tokens.weight, token_ids, offsets=ends[:-1])
-        return features * self.adapter.output_scale  # as the embedding layer scales its rows
+        offsets = torch.tensor([0, *map(len, words)], device=self.device).cumsum(0)[:-1]
+        token_ids = torch.tensor([i for word in words for i in word], dtype=torch.int64)
+        features = word_features(self.embed_tokens.weight, token_ids.to(self.device), offsets)
+        return features * self.adapter.output_scale  # the embedding layer scales its rows alike
 
     @torch.no_grad()
     def generate(self, batch, **kwargs):
@@ -190,7 +190,7 @@ class SEAModel(nn.Module):
         ids = self.llava.generate(prompts, attention_mask=mask, do_sample=False, **kwargs)
         return ids[:, prompts.shape[1] :]
 
-    def train_llm(self, tune_vision, dtype):
+    def thaw_llm(self, tune_vision, dtype):
         """Thaw what stage 2 trains: the LLM with its embeddings and head, and the adapter.
 
         tune_vision: the vision tower too; otherwise it stays frozen, in dtype.
@@ -236,7 +236,12 @@ class SEAModel(nn.Module):
 
 TOWERS = ["clip_vision_model", "siglip_vision_model", "dinov2"]  # model_type of their configs
 # Settings of LLMs that change the logits after the LM head, and the value that changes nothing.
-LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+LOGIT_CHANGES = {
+    "final_logit_softcapping": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "lm_head_multiplier": 1.0,
+}
 
 
 def new_model(vision, llm, dtype=torch.float32, tau=1.0, meta=False):
@@ -257,8 +262,8 @@ def assemble(tower, llm, tokenizer, image_size):
     """Put a vision tower, a new Adapter and an LLM into transformers' Llava."""
     refuse_llm(llm)
     image_token_id = prepare_tokenizer(tokenizer)
-    words = llm.config.vocab_size
-    if len(tokenizer) > words:  # <image> has no row in the embedding
+    vocabulary_size = llm.config.vocab_size
+    if len(tokenizer) > vocabulary_size:  # <image> has no row in the embedding
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
 
     # Copies, for LlavaConfig changes the configs it is given, and with them the running models.
@@ -281,8 +286,8 @@ def assemble(tower, llm, tokenizer, image_size):
     llava.model.multi_modal_projector = Adapter(
         tower.config.hidden_size, d_llm, embedding_scale(llm)
     )
-    no_words = list(range(words, llm.config.vocab_size))
-    llava.generation_config = generation_config(llm, tokenizer, no_words or None)
+    padding_ids = list(range(vocabulary_size, llm.config.vocab_size))
+    llava.generation_config = generation_config(llm, tokenizer, padding_ids or None)
     return llava
 
 
@@ -333,7 +338,7 @@ def load_vision(name, dtype, meta=False):
             raise UserError(
                 f"{name}: not a vision tower, but a {config.model_type} (known: {known})"
             )
-        return fill(AutoModel, name, config, dtype, meta)
+        return load_weights(AutoModel, name, config, dtype, meta)
 
 
 def load_llm(name, dtype, meta=False):
@@ -348,8 +353,8 @@ def load_llm(name, dtype, meta=False):
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         config = AutoConfig.from_pretrained(name, **kwargs)
-        llm = fill(AutoModelForCausalLM, name, config, dtype, meta, **kwargs)
-    if kwargs:  # its weights are plain numbers now, but transformers would refuse to save them
+        llm = load_weights(AutoModelForCausalLM, name, config, dtype, meta, **kwargs)
+    if kwargs and not meta:  # the weights are dequantized, but transformers would not save them
         llm.hf_quantizer = None
         del llm.config.quantization_config
     return llm, tokenizer
@@ -361,14 +366,14 @@ def loading(name):
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        reason = str(e).strip().splitlines()[0]
+        reason = str(e).strip().partition("\n")[0]
         raise UserError(
             f"{name}: cannot be loaded ({reason}); give a folder with all its files or the name of "
             "a hub model that you have access to"
         ) from e
 
 
-def fill(auto_class, name, config, dtype, meta=False, **kwargs):
+def load_weights(auto_class, name, config, dtype, meta=False, **kwargs):
     """A model with its weights, all of them; meta: with none."""
     if meta:
         with torch.device("meta"):
@@ -472,7 +477,11 @@ def load_llava(name, dtype=torch.float32):
     """The model of a Llava folder or hub name, such as save_llava writes."""
     with loading(name):
         config = AutoConfig.from_pretrained(name)
-        llava = fill(LlavaForConditionalGeneration, name, config, dtype)
+        if config.model_type != "llava":
+            raise UserError(
+                f"{name}: a {config.model_type} model, neither Llava nor one of our runs"
+            )
+        llava = load_weights(LlavaForConditionalGeneration, name, config, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     readable = {
         "vision_feature_layer": -2,
@@ -488,13 +497,13 @@ def load_llava(name, dtype=torch.float32):
         )
 
     prepare_tokenizer(tokenizer)
-    no_words = llava.generation_config.suppress_tokens
-    llava.generation_config = generation_config(llava, tokenizer, no_words)
+    padding_ids = llava.generation_config.suppress_tokens
+    llava.generation_config = generation_config(llava, tokenizer, padding_ids)
     projector = llava.model.multi_modal_projector.float()
     d_llm, d_vision = projector.linear_1.weight.shape
     adapter = Adapter(d_vision, d_llm, embedding_scale(llava))
     adapter.load_state_dict(projector.state_dict())
-    adapter.linear_2.weight.data /= adapter.output_scale  # saved ones include it
+    adapter.linear_2.weight.data /= adapter.output_scale  # saved weights include the scale
     adapter.linear_2.bias.data /= adapter.output_scale
     llava.model.multi_modal_projector = adapter
     return SEAModel(llava, tokenizer, vision_preprocess(name), {"llava": str(name)})

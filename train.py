@@ -533,7 +533,7 @@ def build_model(cfg, device):
         model = load_model(cfg.init)
     model.log_scale.requires_grad_(cfg.sea_weight > 0)
     if cfg.stage == "finetune":
-        model.train_llm(cfg.tune_vision, dtype)
+        model.thaw_llm(cfg.tune_vision, dtype)
     if cfg.image_mode:
         model.preprocess["mode"] = cfg.image_mode
     if cfg.grad_checkpoint:

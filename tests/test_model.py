@@ -178,6 +178,11 @@ def test_adapter_file_round_trip_and_refusals(model, tmp_path, world):
         load_model(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="cannot be loaded"):
         new_model(world / "vision", world / "nothing-here")
+    (tmp_path / "llm").symlink_to(world / "llm")
+    (tmp_path / "llm/processor_config.json").touch()
+    with pytest.raises(UserError, match="a llama model, neither Llava nor"):
+        load_model(tmp_path / "llm")
+    (world / "llm/processor_config.json").unlink()
     with pytest.raises(UserError, match="not a vision tower"):
         new_model(world / "llm", world / "llm")
 
