@@ -1,4 +1,4 @@
-"""loss.py against naive float64 loops of Eq. 9 to 11, open_clip's loss and probabilities worked out by hand."""
+"""loss.py against naive float64 loops of Eq. 9 to 11, open_clip's loss, probabilities by hand."""
 
 import math
 
@@ -27,17 +27,18 @@ def seeded(seed):
 
 
 def check_frequencies(drawn, probability):
-    """drawn: N values; each occurs as often as probability {value: p} says, within five standard deviations."""
+    """Each value of drawn occurs as often as probability {value: p} says.
+
+    Within five standard deviations.
+    """
     N = drawn.numel()
     assert set(drawn.unique().tolist()) == {value for value, p in probability.items() if p > 0}
     for value, p in probability.items():
-        assert abs((drawn == value).sum().item() - N * p) < 5 * math.sqrt(N * p * (1 - p)) + 1e-9, (
-            value,
-            p,
-        )
+        off = abs((drawn == value).sum().item() - N * p)
+        assert off < 5 * math.sqrt(N * p * (1 - p)) + 1e-9, (value, p)
 
 
-# ---------------------------------------------------------------------------------------------- sample_labels
+# ---------------------------------------------------------------------------------- sample_labels
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -45,11 +46,8 @@ def check_frequencies(drawn, probability):
     "ids, scores, probability",
     [
         ([7, 3, 5], [0.5, 0.25, 0.25], {7: 0.5, 3: 0.25, 5: 0.25}),
-        (
-            [7, 3, 5, -1],
-            [0.03125, 0.09375, 0.125, 0.75],
-            {7: 0.125, 3: 0.375, 5: 0.5},
-        ),  # the sum leaves out -1's score
+        # the sum leaves out -1's score
+        ([7, 3, 5, -1], [0.03125, 0.09375, 0.125, 0.75], {7: 0.125, 3: 0.375, 5: 0.5}),
         ([-1, 4, 9, 2, 8], [0.5, 0.0, 0.75, -0.5, 0.25], {9: 0.75, 8: 0.25, 4: 0, 2: 0, -1: 0}),
         ([6], [0.001], {6: 1}),
         ([-1, -1], [0.5, 0.5], {-1: 1}),
@@ -57,11 +55,9 @@ def check_frequencies(drawn, probability):
     ],
 )
 def test_labels_are_drawn_in_proportion_to_their_scores(ids, scores, probability, dtype):
-    drawn = sample_labels(
-        torch.tensor(ids).expand(20_000, -1),
-        torch.tensor(scores, dtype=dtype).expand(20_000, -1),
-        seeded(0),
-    )
+    ids = torch.tensor(ids).expand(20_000, -1)
+    scores = torch.tensor(scores, dtype=dtype).expand(20_000, -1)
+    drawn = sample_labels(ids, scores, seeded(0))
     assert drawn.dtype == torch.int64
     check_frequencies(drawn, probability)
 
@@ -69,9 +65,8 @@ def test_labels_are_drawn_in_proportion_to_their_scores(ids, scores, probability
 def test_float16_scores_do_not_lose_an_unlikely_label():
     """In float16, 1 + 0.0004 is 1."""
     scores = torch.tensor([1, 0.0004], dtype=torch.float16).expand(40_000, -1)
-    check_frequencies(
-        sample_labels(torch.arange(2).expand(40_000, -1), scores, seeded(0)), {0: 0.9996, 1: 0.0004}
-    )
+    drawn = sample_labels(torch.arange(2).expand(40_000, -1), scores, seeded(0))
+    check_frequencies(drawn, {0: 0.9996, 1: 0.0004})
 
 
 @pytest.mark.parametrize("noise, expected", [(0.0, 11), (1 - 2**-24, 13)])
@@ -84,15 +79,15 @@ def test_extreme_noise_reaches_no_label_of_probability_zero(monkeypatch, noise, 
 @few
 @given(st.data())
 def test_any_leading_shape_and_mixed_entries(d):
-    shape, n = tuple(d.draw(st.lists(st.integers(1, 4), max_size=3))), d.draw(st.integers(1, 5))
+    shape = tuple(d.draw(st.lists(st.integers(1, 4), max_size=3)))
+    n = d.draw(st.integers(1, 5))
     g = seeded(d.draw(st.integers(0, 999)))
     ids = torch.where(torch.rand(*shape, n, generator=g) < 0.4, -1, torch.arange(100, 100 + n))
     scores = (torch.rand(*shape, n, generator=g) - 0.4).round(decimals=1)
     drawn = sample_labels(ids, scores, g)
     assert drawn.shape == shape
-    for choice, row_ids, row_scores in zip(
-        drawn.flatten().tolist(), ids.view(-1, n).tolist(), scores.view(-1, n).tolist()
-    ):
+    rows = zip(drawn.flatten().tolist(), ids.view(-1, n).tolist(), scores.view(-1, n).tolist())
+    for choice, row_ids, row_scores in rows:
         possible = [i for i, s in zip(row_ids, row_scores) if i >= 0 and s > 0]
         assert choice in (possible or [-1])
 
@@ -121,7 +116,7 @@ def test_a_list_of_generators_makes_images_independent_of_their_batch(sample):
     assert not together[0].equal(together[1])
 
 
-# --------------------------------------------------------------------------------------------- sample_windows
+# --------------------------------------------------------------------------------- sample_windows
 
 
 @few
@@ -141,11 +136,8 @@ def test_a_valid_patch_of_each_window(B, H, W, k, seed, density):
     for b in range(B):
         windows = [(top, left) for top in range(0, H, k) for left in range(0, W, k)]
         for at, (top, left) in zip(chosen[b].tolist(), windows):
-            cells = [
-                r * W + c
-                for r in range(top, min(top + k, H))
-                for c in range(left, min(left + k, W))
-            ]
+            rows, columns = range(top, min(top + k, H)), range(left, min(left + k, W))
+            cells = [r * W + c for r in rows for c in columns]
             assert at in ([cell for cell in cells if valid[b, cell // W, cell % W]] or [-1])
 
 
@@ -157,13 +149,12 @@ def test_every_valid_patch_of_a_window_is_as_likely():
 
 
 def test_windows_are_chosen_independently():
-    chosen = sample_windows(
-        torch.ones(20_000, 1, 4, dtype=torch.bool), 2, seeded(0)
-    )  # {0, 1} and {2, 3}
+    # {0, 1} and {2, 3}
+    chosen = sample_windows(torch.ones(20_000, 1, 4, dtype=torch.bool), 2, seeded(0))
     check_frequencies(chosen[:, 0] * 10 + chosen[:, 1], dict.fromkeys([2, 3, 12, 13], 0.25))
 
 
-# --------------------------------------------------------------------------------------- one_patch_per_label
+# ---------------------------------------------------------------------------- one_patch_per_label
 
 
 @few
@@ -174,15 +165,12 @@ def test_windows_are_chosen_independently():
 )
 def test_each_label_once_and_none_never(labels, seed, with_priority):
     priority = torch.rand(len(labels), generator=seeded(seed + 1)) if with_priority else None
-    kept = one_patch_per_label(
-        torch.tensor(labels, dtype=torch.int64), seeded(seed), priority
-    ).tolist()
+    ids = torch.tensor(labels, dtype=torch.int64)
+    kept = one_patch_per_label(ids, seeded(seed), priority).tolist()
     assert sorted(labels[i] for i in kept) == sorted(set(labels) - {-1})
     if with_priority:
         for i in kept:
-            assert priority[i] == min(
-                priority[j] for j in range(len(labels)) if labels[j] == labels[i]
-            )
+            assert priority[i] == priority[ids == labels[i]].min()
 
 
 def test_every_patch_of_a_label_is_as_likely():
@@ -190,10 +178,8 @@ def test_every_patch_of_a_label_is_as_likely():
     labels = torch.tensor([0, 1, 0, -1, 0, 1]) + 2 * groups
     labels[:, 3] = -1
     kept = one_patch_per_label(labels.flatten(), seeded(0)).sort()[0].view(4000, 2) - 6 * groups
-    check_frequencies(
-        kept[:, 0] * 10 + kept[:, 1],
-        {10 * min(a, b) + max(a, b): 1 / 6 for a in (0, 2, 4) for b in (1, 5)},
-    )
+    expected = {10 * min(a, b) + max(a, b): 1 / 6 for a in (0, 2, 4) for b in (1, 5)}
+    check_frequencies(kept[:, 0] * 10 + kept[:, 1], expected)
 
 
 def test_lowest_priority_wins_and_equal_ones_by_position():
@@ -202,15 +188,10 @@ def test_lowest_priority_wins_and_equal_ones_by_position():
     assert sorted(one_patch_per_label(labels, priority=priority).tolist()) == [1, 2, 6]
 
 
-# ---------------------------------------------------------------------------------------------- word features
+# ---------------------------------------------------------------------------------- word features
 
-WORD_TOKENS = [
-    [3],
-    [0, 1],
-    [4, 4, 2],
-    [6, 0, 0, 5],
-    [1, 3, 5, 7, 1],
-]  # words of 1 to 5 tokens, some of them repeated
+# words of 1 to 5 tokens, some of them repeated
+WORD_TOKENS = [[3], [0, 1], [4, 4, 2], [6, 0, 0, 5], [1, 3, 5, 7, 1]]
 TOKEN_IDS = torch.tensor(sum(WORD_TOKENS, []))
 OFFSETS = torch.tensor([0, 1, 3, 6, 10])
 
@@ -230,9 +211,8 @@ def test_a_word_is_the_mean_of_its_tokens(dtype, result):
     features = word_features(table, TOKEN_IDS, OFFSETS)
     features.backward(upstream.to(result))
 
-    exact = torch.stack(
-        [sum(table.detach().double()[token] for token in word) / len(word) for word in WORD_TOKENS]
-    )
+    rows = table.detach().double()
+    exact = torch.stack([sum(rows[token] for token in word) / len(word) for word in WORD_TOKENS])
     assert features.dtype == result
     torch.testing.assert_close(features.double(), exact, rtol=1e-6, atol=1e-6)
     grad = torch.zeros(9, 6, dtype=torch.float64)
@@ -249,7 +229,7 @@ def test_no_words_give_no_features():
     assert word_features(torch.randn(4, 3), none, none).shape == (0, 3)
 
 
-# ------------------------------------------------------------------------------------------- contrastive loss
+# ------------------------------------------------------------------------------- contrastive loss
 
 
 def naive_loss(x, t, log_scale):
@@ -267,10 +247,8 @@ def naive_loss(x, t, log_scale):
 def pairs(N, D=5, dtype=torch.float32, scale=1 / 0.07, seed=0):
     """x, t, log_scale, for which the gradient is asked."""
     g = seeded(seed)
-    x, t = (
-        torch.randn(N, D, generator=g, dtype=dtype) * 3,
-        torch.randn(N, D, generator=g, dtype=dtype) * 0.1,
-    )
+    x = torch.randn(N, D, generator=g, dtype=dtype) * 3
+    t = torch.randn(N, D, generator=g, dtype=dtype) * 0.1
     return [v.requires_grad_() for v in (x, t, torch.tensor(math.log(scale), dtype=dtype))]
 
 
@@ -288,9 +266,8 @@ def test_loss_and_gradients_are_those_of_equation_11(N, scale, dtype):
     inputs = pairs(N, dtype=dtype, scale=scale)
     exact_inputs = in_float64(*inputs)
     loss, exact = contrastive_loss(*inputs), naive_loss(*exact_inputs)
-    tolerance = (
-        dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=2e-4, atol=2e-5)
-    )
+    rtol, atol = (1e-9, 1e-12) if dtype == torch.float64 else (2e-4, 2e-5)
+    tolerance = dict(rtol=rtol, atol=atol)
     assert loss.dtype == dtype
     torch.testing.assert_close(loss.double(), exact, **tolerance)
     for grad, exact_grad in zip(gradients(loss, inputs), gradients(exact, exact_inputs)):
@@ -304,9 +281,8 @@ def test_gradcheck():
 @pytest.mark.parametrize("N", [1, 2, 17])
 def test_equals_open_clips_loss(N):
     x, t, log_scale = pairs(N)
-    expected = open_clip.loss.ClipLoss()(
-        F.normalize(x, dim=-1), F.normalize(t, dim=-1), log_scale.exp()
-    )
+    unit_x, unit_t = F.normalize(x, dim=-1), F.normalize(t, dim=-1)
+    expected = open_clip.loss.ClipLoss()(unit_x, unit_t, log_scale.exp())
     torch.testing.assert_close(contrastive_loss(x, t, log_scale), expected)
 
 
@@ -323,9 +299,8 @@ def test_no_pair_or_one_pair_gives_zero_with_a_graph(N):
 def test_log_scale_may_have_a_dimension():
     x, t, log_scale = pairs(4)
     loss = contrastive_loss(x, t, log_scale.view(1))
-    torch.testing.assert_close(
-        loss.double(), naive_loss(*in_float64(x, t, log_scale)), rtol=1e-5, atol=1e-5
-    )
+    exact = naive_loss(*in_float64(x, t, log_scale))
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -333,22 +308,15 @@ def test_log_scale_may_have_a_dimension():
     [
         [slice(0, 3), slice(3, 7)],
         [slice(0, 0), slice(0, 7)],
-        [
-            torch.tensor([5, 0]),
-            torch.tensor([1, 2, 6]),
-            torch.tensor([4, 3]),
-            torch.tensor([], dtype=torch.int64),
-        ],
+        [torch.tensor(rows, dtype=torch.int64) for rows in ([5, 0], [1, 2, 6], [4, 3], [])],
     ],
     ids=["slices", "empty part", "indices"],
 )
 def test_parts_add_up_to_the_loss(parts):
     inputs = pairs(7, dtype=torch.float64)
     exact_inputs = in_float64(*inputs)
-    total, exact = (
-        sum(contrastive_loss(*inputs, rows=part) for part in parts),
-        naive_loss(*exact_inputs),
-    )
+    total = sum(contrastive_loss(*inputs, rows=part) for part in parts)
+    exact = naive_loss(*exact_inputs)
     torch.testing.assert_close(total, exact)
     for grad, exact_grad in zip(gradients(total, inputs), gradients(exact, exact_inputs)):
         torch.testing.assert_close(grad, exact_grad)
@@ -377,21 +345,19 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
     x, t, log_scale = (v.detach().to(dtype) for v in pairs(9))
     loss = contrastive_loss(x, t, log_scale)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(
-        loss.double(), naive_loss(*in_float64(x, t, log_scale)), rtol=1e-5, atol=1e-5
-    )
+    exact = naive_loss(*in_float64(x, t, log_scale))
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_order_of_the_pairs_does_not_matter():
     x, t, log_scale = pairs(11, dtype=torch.float64)
     order = torch.randperm(11, generator=seeded(1))
-    torch.testing.assert_close(
-        contrastive_loss(x[order], t[order], log_scale), contrastive_loss(x, t, log_scale)
-    )
-    assert abs(contrastive_loss(x[order], t, log_scale) - contrastive_loss(x, t, log_scale)) > 0.1
+    loss = contrastive_loss(x, t, log_scale)
+    torch.testing.assert_close(contrastive_loss(x[order], t[order], log_scale), loss)
+    assert abs(contrastive_loss(x[order], t, log_scale) - loss) > 0.1
 
 
-# --------------------------------------------------------------------------------------------------- sea_loss
+# --------------------------------------------------------------------------------------- sea_loss
 
 
 class Words:
@@ -411,7 +377,8 @@ def matches(x, t):
     return sum(int(row.argmax()) == i for i, row in enumerate(cos))
 
 
-# B = 2 images of 3 x 5 patches. window 1: five labelled patches in each; 2 and 4: one labelled patch in a window
+# B = 2 images of 3 x 5 patches. window 1: five labelled patches in each; 2 and 4: one labelled
+# patch in a window
 LABELLED = {
     1: [[0, 1, 6, 7, 14], [2, 3, 8, 9, 13]],
     2: [[6, 7, 4, 10, 12, 14], [0, 3, 9, 11]],
@@ -424,31 +391,25 @@ def test_sea_loss_is_the_loss_of_all_labelled_patches_when_nothing_is_left_to_ch
     g = seeded(0)
     patches = [15 * b + p for b in (0, 1) for p in LABELLED[window][b]]
     label_of = torch.randperm(40, generator=g)[: len(patches)]
-    ids, scores = (
-        torch.full((30, 3), -1),
-        torch.rand(30, 3, generator=g),
-    )  # a score beside -1 means nothing
+    ids = torch.full((30, 3), -1)
+    scores = torch.rand(30, 3, generator=g)  # a score beside -1 means nothing
     for i, (p, label) in enumerate(zip(patches, label_of)):
         ids[p, i % 3] = label
-        ids[p, (i + 1) % 3], scores[p, (i + 1) % 3] = (
-            39,
-            [0, -0.5][i % 2],
-        )  # no probability: as if it were not there
+        # no probability: as if it were not there
+        ids[p, (i + 1) % 3], scores[p, (i + 1) % 3] = 39, [0, -0.5][i % 2]
     ids[5, 0], scores[5, 0] = 38, 0  # so this patch has no label
+    ids, scores = ids.view(2, 15, 3), scores.view(2, 15, 3)
     x = torch.randn(2, 15, 6, generator=g).requires_grad_()
     table = torch.randn(40, 6, generator=g).requires_grad_()
     log_scale = torch.tensor(2.0, requires_grad=True)
     words = Words(table)
 
-    loss, log = sea_loss(
-        x, ids.view(2, 15, 3), scores.view(2, 15, 3), words, log_scale, (3, 5), window, seeded(1)
-    )
+    loss, log = sea_loss(x, ids, scores, words, log_scale, (3, 5), window, seeded(1))
     exact_inputs = x64, table64, scale64 = in_float64(x, table, log_scale)
     exact = naive_loss(x64.flatten(0, 1)[patches], table64[label_of], scale64)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
-    for grad, exact_grad in zip(
-        gradients(loss, (x, table, log_scale)), gradients(exact, exact_inputs)
-    ):
+    ours, theirs = gradients(loss, (x, table, log_scale)), gradients(exact, exact_inputs)
+    for grad, exact_grad in zip(ours, theirs):
         torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-5)
     assert sorted(words.labels) == sorted(label_of.tolist())
     assert log["pairs"] == len(patches)
@@ -458,22 +419,23 @@ def test_sea_loss_is_the_loss_of_all_labelled_patches_when_nothing_is_left_to_ch
 @few
 @given(st.data())
 def test_sea_loss_of_random_labels(d):
-    """All patches of one label have the same visual token, so that the loss tells which labels, not which patches."""
+    """All patches of one label have the same visual token.
+
+    So the loss tells which labels, not which patches.
+    """
     B, H, W, k = (d.draw(st.integers(1, high)) for high in (3, 5, 5, 3))
     labels = d.draw(st.lists(st.integers(-1, 6), min_size=B * H * W, max_size=B * H * W))
     seed = d.draw(st.integers(0, 999))
     g, label = seeded(seed), torch.tensor(labels).view(B, H * W)
     table, base = (torch.randn(7, 8, generator=g, dtype=torch.float64) for _ in range(2))
     base.requires_grad_()
-    x = base.detach()[
-        label
-    ].requires_grad_()  # whatever a patch without label holds (base[-1]) must not matter
+    # whatever a patch without label holds (base[-1]) must not matter
+    x = base.detach()[label].requires_grad_()
     slot = torch.randint(3, label.shape, generator=g).unsqueeze(-1)
     ids = torch.full((B, H * W, 3), -1).scatter(2, slot, label.unsqueeze(-1))
+    scores = torch.rand(ids.shape, generator=g) + 0.1
     words, log_scale = Words(table), torch.tensor(0.5, dtype=torch.float64)
-    loss, log = sea_loss(
-        x, ids, torch.rand(ids.shape, generator=g) + 0.1, words, log_scale, (H, W), k, g
-    )
+    loss, log = sea_loss(x, ids, scores, words, log_scale, (H, W), k, g)
     (grad,) = gradients(loss, x)
 
     kept, present = words.labels, set(labels) - {-1}
@@ -485,9 +447,8 @@ def test_sea_loss_of_random_labels(d):
         for left in range(0, W, k)
     ]
     windows = [window for window in windows if window]
-    assert all(
-        window & set(kept) for window in windows
-    )  # each window drew a label, and here or elsewhere it is kept
+    # each window drew a label, and here or elsewhere it is kept
+    assert all(window & set(kept) for window in windows)
     assert len(kept) <= len(windows)
     if k == 1:
         assert set(kept) == present
@@ -503,9 +464,8 @@ def test_sea_loss_of_random_labels(d):
     assert not used[label < 0].any()
     if len(kept) > 1:
         assert sorted(label[used].tolist()) == sorted(kept)  # exactly one patch for each label
-        per_window = F.avg_pool2d(
-            used.view(B, H, W).double(), k, ceil_mode=True, divisor_override=1
-        )
+        used_by_place = used.view(B, H, W).double()
+        per_window = F.avg_pool2d(used_by_place, k, ceil_mode=True, divisor_override=1)
         assert per_window.max() == 1
         torch.testing.assert_close(grad[used], exact_grad[label[used]])
 
@@ -516,9 +476,8 @@ def test_the_patch_that_keeps_a_shared_label_is_chosen_uniformly():
     x = torch.randn(600, 4, 16, generator=g).requires_grad_()
     table = torch.randn(1200, 16, generator=g)
     ids = (torch.tensor([0, 1, 0, 0]) + 2 * torch.arange(600).unsqueeze(1)).unsqueeze(-1)
-    loss, log = sea_loss(
-        x, ids, torch.ones(ids.shape), lambda i: table[i], torch.tensor(0.0), (1, 4), 1, g
-    )
+    scores, log_scale = torch.ones(ids.shape), torch.tensor(0.0)
+    loss, log = sea_loss(x, ids, scores, Words(table), log_scale, (1, 4), 1, g)
     used = (gradients(loss, x)[0] != 0).any(-1)
     assert log["pairs"] == 1200 and used[:, 1].all() and used.sum() == 1200
     check_frequencies(used[:, [0, 2, 3]].int().argmax(1), dict.fromkeys(range(3), 1 / 3))
@@ -526,26 +485,19 @@ def test_the_patch_that_keeps_a_shared_label_is_chosen_uniformly():
 
 def test_labels_follow_their_scores_within_sea_loss():
     """1500 images of one patch, with two labels of their own."""
-    words, ids = (
-        Words(torch.randn(3000, 4, generator=seeded(0))),
-        torch.arange(3000).view(1500, 1, 2),
-    )
+    words = Words(torch.randn(3000, 4, generator=seeded(0)))
+    x = torch.randn(1500, 1, 4, generator=seeded(1))
+    ids = torch.arange(3000).view(1500, 1, 2)
     scores = torch.tensor([0.75, 0.25]).expand(1500, 1, 2)
-    sea_loss(
-        torch.randn(1500, 1, 4, generator=seeded(1)),
-        ids,
-        scores,
-        words,
-        torch.tensor(0.0),
-        (1, 1),
-        2,
-        seeded(2),
-    )
+    sea_loss(x, ids, scores, words, torch.tensor(0.0), (1, 1), 2, seeded(2))
     check_frequencies(torch.tensor(words.labels) % 2, {0: 0.75, 1: 0.25})
 
 
 def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch():
-    """Labels of different images are disjoint here, so that one_patch_per_label does not tie the images together."""
+    """Labels of different images are disjoint here.
+
+    So one_patch_per_label does not tie the images together.
+    """
     g = seeded(0)
     ids = torch.randint(20, (3, 36, 4), generator=g) + 20 * torch.arange(3).view(3, 1, 1)
     scores, x = torch.rand(3, 36, 4, generator=g), torch.randn(3, 36, 8, generator=g)
@@ -553,24 +505,16 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch():
 
     def draw(images):
         tokens, words = x[images].requires_grad_(), Words(table)
+        generators, log_scale = [seeded(10 + image) for image in images], torch.tensor(0.0)
         loss, _ = sea_loss(
-            tokens,
-            ids[images],
-            scores[images],
-            words,
-            torch.tensor(0.0),
-            (6, 6),
-            2,
-            [seeded(10 + image) for image in images],
+            tokens, ids[images], scores[images], words, log_scale, (6, 6), 2, generators
         )
         used = (gradients(loss, tokens)[0] != 0).any(-1)
-        return {
-            image: (
-                [w for w in sorted(words.labels) if w // 20 == image],
-                used[row].nonzero().flatten().tolist(),
-            )
-            for row, image in enumerate(images)
-        }
+        drawn = {}  # image -> its words, its patches
+        for row, image in enumerate(images):
+            own = [w for w in sorted(words.labels) if w // 20 == image]
+            drawn[image] = own, used[row].nonzero().flatten().tolist()
+        return drawn
 
     together = draw([0, 1, 2])
     assert len(together[0][0]) > 3 and together[0][1] != together[1][1]
@@ -580,10 +524,10 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch():
 def test_the_generator_decides_sea_loss():
     g = seeded(0)
     ids, scores = torch.randint(50, (2, 16, 5), generator=g), torch.rand(2, 16, 5, generator=g)
-    x, table = torch.randn(2, 16, 8, generator=g), torch.randn(50, 8, generator=g)
+    x, words = torch.randn(2, 16, 8, generator=g), Words(torch.randn(50, 8, generator=g))
+    log_scale = torch.tensor(1.0)
     a, b, c = (
-        sea_loss(x, ids, scores, lambda i: table[i], torch.tensor(1.0), (4, 4), 2, seeded(seed))[0]
-        for seed in (1, 1, 2)
+        sea_loss(x, ids, scores, words, log_scale, (4, 4), 2, seeded(seed))[0] for seed in (1, 1, 2)
     )
     assert a == b != c
 
@@ -592,9 +536,8 @@ def test_no_labels_at_all_give_zero_with_a_graph():
     x, table, log_scale = (
         torch.ones(shape, requires_grad=True) for shape in [(2, 6, 4), (3, 4), ()]
     )
-    loss, log = sea_loss(
-        x, torch.full((2, 6, 3), -1), torch.zeros(2, 6, 3), lambda i: table[i], log_scale, (2, 3)
-    )
+    ids, scores = torch.full((2, 6, 3), -1), torch.zeros(2, 6, 3)
+    loss, log = sea_loss(x, ids, scores, Words(table), log_scale, (2, 3))
     assert loss == 0 and log["pairs"] == 0 and log["matched"] == 0
     loss.backward()
     for v in (x, table, log_scale):
@@ -602,15 +545,11 @@ def test_no_labels_at_all_give_zero_with_a_graph():
 
 
 def test_bfloat16_visual_tokens_give_a_float32_loss():
-    x, table = (
-        torch.randn(1, 6, 4, generator=seeded(0)).bfloat16(),
-        torch.randn(6, 4, generator=seeded(1)).bfloat16(),
-    )
-    ids = torch.arange(6).view(1, 6, 1)
-    loss, _ = sea_loss(
-        x, ids, torch.ones(1, 6, 1), lambda i: table[i], torch.tensor(1.0), (2, 3), 1
-    )
-    exact = naive_loss(*in_float64(x[0], table, torch.tensor(1.0)))
+    x = torch.randn(1, 6, 4, generator=seeded(0)).bfloat16()
+    table = torch.randn(6, 4, generator=seeded(1)).bfloat16()
+    ids, scores, log_scale = torch.arange(6).view(1, 6, 1), torch.ones(1, 6, 1), torch.tensor(1.0)
+    loss, _ = sea_loss(x, ids, scores, Words(table), log_scale, (2, 3), 1)
+    exact = naive_loss(*in_float64(x[0], table, log_scale))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -626,15 +565,10 @@ def test_bfloat16_visual_tokens_give_a_float32_loss():
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(tokens, labels, grid):
+    x, words = torch.zeros(*tokens, 4), Words(torch.ones(1, 4))
+    ids, scores = torch.zeros(*labels, 3, dtype=torch.int64), torch.ones(*labels, 3)
     with pytest.raises(ValueError, match=f"{grid[0]} x {grid[1]}"):
-        sea_loss(
-            torch.zeros(*tokens, 4),
-            torch.zeros(*labels, 3, dtype=torch.int64),
-            torch.ones(*labels, 3),
-            lambda i: torch.ones(len(i), 4),
-            torch.tensor(0.0),
-            grid,
-        )
+        sea_loss(x, ids, scores, words, torch.tensor(0.0), grid)
 
 
 def test_total_loss():
