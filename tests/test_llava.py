@@ -39,7 +39,8 @@ from data import IGNORE, LlavaDataset, UserError, vision_preprocess
 from model import load_llm, load_model
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-LLMS = {  # chat format of the tokenizer, config; vocabularies and what else tells them apart are the true ones
+# chat format of the tokenizer, config; vocabularies and what else tells them apart are true
+LLMS = {
     "vicuna": ("vicuna", lambda: LlamaConfig(**SMALL, vocab_size=32000)),
     "gemma": (
         "gemma",
@@ -83,16 +84,14 @@ WORDS = ["red", "blue", "green", "wall", "sky", "door", "tall", "ocean"]
 
 @pytest.fixture(scope="module")
 def parts(tokenizer_folders, tmp_path_factory):
-    """Folder with every LLM and tower as the hub holds them, images, captions, conversations, label stores."""
-    root, rng = tmp_path_factory.mktemp("parts"), np.random.default_rng(0)
+    """Folder with every LLM and tower as the hub holds them, images, texts and label stores."""
+    root = tmp_path_factory.mktemp("parts")
+    rng = np.random.default_rng(0)
     torch.manual_seed(0)
     for name, (chat, config) in LLMS.items():
         tokenizer, config = AutoTokenizer.from_pretrained(tokenizer_folders[chat]), config()
-        config.initializer_range, config.bos_token_id, config.eos_token_id = (
-            0.2,
-            tokenizer.bos_token_id,
-            1,
-        )
+        config.initializer_range = 0.2
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, 1
         config.pad_token_id = None
         AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -100,9 +99,8 @@ def parts(tokenizer_folders, tmp_path_factory):
         text_config=dict(TOWER, vocab_size=99),
         vision_config=CLIPVisionConfig(**TOWER, image_size=336),
     )
-    CLIPModel(clip).save_pretrained(
-        root / "clip"
-    )  # whole, text tower and all, as OpenAI's and Google's are
+    # whole, text tower and all, as OpenAI's and Google's are
+    CLIPModel(clip).save_pretrained(root / "clip")
     CLIPImageProcessor(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
     ).save_pretrained(root / "clip")
@@ -112,9 +110,8 @@ def parts(tokenizer_folders, tmp_path_factory):
     )
     SiglipModel(siglip).save_pretrained(root / "siglip")
     SiglipImageProcessor(size={"height": 384, "width": 384}).save_pretrained(root / "siglip")
-    Dinov2Model(Dinov2Config(**TOWER, image_size=518)).save_pretrained(
-        root / "dinov2"
-    )  # and used at 224
+    # and used at 224
+    Dinov2Model(Dinov2Config(**TOWER, image_size=518)).save_pretrained(root / "dinov2")
     CLIPImageProcessor(
         size={"shortest_edge": 256},
         crop_size={"height": 224, "width": 224},
@@ -122,36 +119,23 @@ def parts(tokenizer_folders, tmp_path_factory):
         image_std=[0.229, 0.224, 0.225],
     ).save_pretrained(root / "dinov2")
 
-    def turns(*texts):
-        return [
-            {"from": who, "value": text} for who, text in zip(["human", "gpt"] * len(texts), texts)
-        ]
+    def sample(name, *texts, **image):
+        speakers = ["human", "gpt"] * len(texts)
+        turns = [{"from": who, "value": text} for who, text in zip(speakers, texts)]
+        return {"id": name, "conversations": turns} | image
 
     (root / "images").mkdir()
     captions, chats = [], []
     for i in range(4):
-        pixels = rng.integers(
-            0, 256, (int(rng.integers(20, 60)), int(rng.integers(20, 60)), 3), dtype=np.uint8
-        )
-        Image.fromarray(pixels).save(root / f"images/{i}.png")
-        word = WORDS[i]
-        captions.append(
-            {
-                "id": str(i),
-                "image": f"{i}.png",
-                "conversations": turns("<image>\nDescribe.", f"a {word} door by the {WORDS[-i]}."),
-            }
-        )
-        chats.append(
-            {
-                "id": str(i),
-                "image": f"{i}.png",
-                "conversations": turns(
-                    "<image>\nWhich color?", word, "Sure?", f"Yes, it is {word}."
-                ),
-            }
-        )
-        chats.append({"id": f"t{i}", "conversations": turns("Name a color.", WORDS[i])})
+        shape = (int(rng.integers(20, 60)), int(rng.integers(20, 60)), 3)
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+        image, word = f"{i}.png", WORDS[i]
+        Image.fromarray(pixels).save(root / "images" / image)
+        caption = f"a {word} door by the {WORDS[-i]}."
+        captions.append(sample(f"{i}", "<image>\nDescribe.", caption, image=image))
+        chat = ("<image>\nWhich color?", word, "Sure?", f"Yes, it is {word}.")
+        chats.append(sample(f"{i}", *chat, image=image))
+        chats.append(sample(f"t{i}", "Name a color.", word))
     (root / "train.json").write_text(json.dumps(captions))
     (root / "chats.json").write_text(json.dumps(chats))
     for name, size, mode in (
@@ -164,8 +148,12 @@ def parts(tokenizer_folders, tmp_path_factory):
 
 
 def fake_labels(folder, samples, images, size, mode):
-    """A store as labels.py extract leaves it, random labels on the encoder's true grid of 14-pixel patches."""
-    rng, side = np.random.default_rng(1), size // 14
+    """A store as labels.py extract leaves it: random labels, the encoder's true grid.
+
+    Its patches are of 14 pixels.
+    """
+    rng = np.random.default_rng(1)
+    side = size // 14
     meta = dict(
         images=len(samples),
         shard=256,
@@ -187,58 +175,18 @@ def fake_labels(folder, samples, images, size, mode):
 
 
 def pretrain_flags(parts, llm, tower, out):
-    store = {"dinov2": "clip-224"}.get(
-        tower, tower
-    )  # Table 5: CLIP-L/14@224's labels on DINOv2's 16 x 16 patches
-    return [
-        "--stage",
-        "pretrain",
-        "--llm",
-        f"{parts}/{llm}",
-        "--vision",
-        f"{parts}/{tower}",
-        "--data",
-        f"{parts}/train.json",
-        "--image_folder",
-        f"{parts}/images",
-        "--labels",
-        f"{parts}/labels-{store}",
-        "--out_dir",
-        str(out),
-        "--batch_size",
-        "2",
-        "--max_steps",
-        "2",
-        "--save_every",
-        "0",
-        "--workers",
-        "0",
-    ]
+    # Table 5: CLIP-L/14@224's labels on DINOv2's 16 x 16 patches
+    store = "clip-224" if tower == "dinov2" else tower
+    models = f"--llm {parts}/{llm} --vision {parts}/{tower} --labels {parts}/labels-{store}"
+    samples = f"--data {parts}/train.json --image_folder {parts}/images"
+    short = "--batch_size 2 --max_steps 2 --save_every 0 --workers 0"
+    return f"--stage pretrain {models} {samples} --out_dir {out} {short}".split()
 
 
 def finetune_flags(parts, init, out):
-    return [
-        "--stage",
-        "finetune",
-        "--init",
-        str(init),
-        "--data",
-        f"{parts}/chats.json",
-        "--image_folder",
-        f"{parts}/images",
-        "--out_dir",
-        str(out),
-        "--batch_size",
-        "2",
-        "--max_steps",
-        "4",
-        "--save_every",
-        "0",
-        "--workers",
-        "0",
-        "--lr",
-        "1e-3",
-    ]
+    samples = f"--data {parts}/chats.json --image_folder {parts}/images"
+    short = "--batch_size 2 --max_steps 4 --save_every 0 --workers 0 --lr 1e-3"
+    return f"--stage finetune --init {init} {samples} --out_dir {out} {short}".split()
 
 
 @pytest.fixture
@@ -260,11 +208,10 @@ def causal_lm(model, folder):
 
 
 def assert_same(model, folder, parts, llm, exact=1e-4):
-    """transformers' Llava and processor give the logits and the greedy answer that the model in memory gives."""
+    """transformers' Llava and processor give the model's own logits and greedy answer."""
     llava, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    assert (
-        not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    ), info
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[kind], info
     processor = AutoProcessor.from_pretrained(folder)
     image = Image.open(parts / "images/0.png")
     message = {
@@ -281,14 +228,8 @@ def assert_same(model, folder, parts, llm, exact=1e-4):
             {"from": "gpt", "value": "x"},
         ],
     }
-    item = LlavaDataset(
-        [sample],
-        parts / "images",
-        model.preprocess,
-        model.tokenizer,
-        model.image_tokens,
-        text="chat",
-    )[0]
+    inner = (model.preprocess, model.tokenizer, model.image_tokens)
+    item = LlavaDataset([sample], parts / "images", *inner, text="chat")[0]
     n = inputs["input_ids"].shape[1]
     assert torch.equal(item["input_ids"][:n], inputs["input_ids"][0])
     assert torch.equal(item["pixels"], inputs["pixel_values"][0])
@@ -323,18 +264,16 @@ def test_both_stages_and_a_folder_that_transformers_loads(
         assert torch.equal(first.llava.model.language_model.get_parameter(name)[: len(w)], w), name
         after = second.llava.model.language_model.get_parameter(name)[: len(w)]
         assert not torch.equal(after, w), name
-    assert (
-        first.preprocess["mode"] == ("squash" if tower == "siglip" else "square")
-        and second.preprocess["mode"] == "pad"
-    )
+    assert first.preprocess["mode"] == ("squash" if tower == "siglip" else "square")
+    assert second.preprocess["mode"] == "pad"
     assert first.image_tokens == {"clip": 576, "siglip": 729, "dinov2": 256}[tower]
     for model, out in ((first, "one"), (second, "two")):
         assert_same(model, tmp_path / out / "model", parts, llm)
+    long = "Which color is it, and is it as red as a wall?"
     asked = [
-        evaluation.question_sample(f"<image>\n{text}" if i else text, f"{i}.png" if i else None)
-        for i, text in enumerate(
-            ("Name a color.", "Which?", "Which color is it, and is it as red as a wall?")
-        )
+        evaluation.question_sample("Name a color.", None),
+        evaluation.question_sample("<image>\nWhich?", "1.png"),
+        evaluation.question_sample(f"<image>\n{long}", "2.png"),
     ]
     # ids, for those beyond a small stand-in tokenizer's vocabulary are no text
     said = []
@@ -347,41 +286,43 @@ def test_both_stages_and_a_folder_that_transformers_loads(
     monkeypatch.setattr(second, "generate", remember)
     one, together = (evaluation.answer(second, asked, parts / "images", size, 6) for size in (1, 3))
     assert one == together
-    pad, said = second.tokenizer.pad_token_id, [row.tolist() for batch in said for row in batch]
-    one, together = (
-        [[i for i in row if i != pad] for row in rows] for rows in (said[:3], said[3:])
-    )
-    assert (
-        one == together
-    )  # an untrained Gemma, whose √D drowns the rest, repeats its last token; see test_real.py
+    pad = second.tokenizer.pad_token_id
+    said = [[i for i in row.tolist() if i != pad] for batch in said for row in batch]
+    one, together = said[:3], said[3:]
+    assert one == together
+    # an untrained Gemma, whose √D drowns the rest, repeats its last token; see test_real.py
     assert len({tuple(row) for row in one}) > 1 or llm == "gemma"
     config = json.loads((tmp_path / "two/model/config.json").read_text())
     assert config["vision_feature_layer"] == -2 and config["image_seq_length"] == first.image_tokens
-    names = [line["loss_g"] for line in map(json.loads, (tmp_path / "two/metrics.jsonl").open())]
-    assert len(names) == 4 and np.isfinite(names).all()
+    lines = (tmp_path / "two/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss_g"] for line in lines]
+    assert len(losses) == 4 and np.isfinite(losses).all()
 
 
 @pytest.mark.parametrize("llm, unsaid", [("gemma", None), ("vicuna", list(range(32000, 32064)))])
 def test_an_exported_folder_is_read_back_and_trained_further(parts, trained, tmp_path, llm, unsaid):
-    """Gemma, whose √D goes into the exported projector and out of it again; Vicuna, whose new rows stay unsaid."""
+    """Gemma, whose √D goes into the exported projector and out of it again.
+
+    Vicuna, whose new rows stay unsaid.
+    """
     train.main(["--export", *pretrain_flags(parts, llm, "clip", tmp_path / "one")])
-    again, first = load_model(tmp_path / "one/model"), trained[0][0]
+    load_model(tmp_path / "one/model")
+    first = trained[0][0]
     (tmp_path / "one/model/adapter.safetensors").unlink()  # nothing but the Llava folder
     again = load_model(tmp_path / "one/model")
     for name, w in first.adapter.state_dict().items():
         assert torch.allclose(w, again.adapter.state_dict()[name], rtol=1e-5), name
-    assert (
-        again.preprocess == first.preprocess == vision_preprocess(parts / "clip")
-        and again.image_tokens == 576
-    )
+    assert again.preprocess == first.preprocess == vision_preprocess(parts / "clip")
+    assert again.image_tokens == 576
     train.main(finetune_flags(parts, tmp_path / "one/model", tmp_path / "two"))
     train.main(finetune_flags(parts, tmp_path / "two", tmp_path / "three"))
     assert_same(trained[2][0], tmp_path / "three/model", parts, llm)
     for out in ("one", "two", "three"):
         generation = json.loads((tmp_path / out / "model/generation_config.json").read_text())
         assert generation.get("suppress_tokens") == unsaid
-    data = ["--data", f"{parts}/train.json", "--image_folder", f"{parts}/images", "--samples", "2"]
-    assert -1 <= evaluation.main(["tacs", "--model", f"{tmp_path}/three", *data])["tacs"] <= 1
+    samples = f"--data {parts}/train.json --image_folder {parts}/images --samples 2"
+    scores = evaluation.main(f"tacs --model {tmp_path}/three {samples}".split())
+    assert -1 <= scores["tacs"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -412,20 +353,11 @@ def test_the_vision_tower_is_trained_at_its_own_rate_but_for_what_is_not_used(
     parts, trained, tmp_path, tower
 ):
     train.main(pretrain_flags(parts, "gemma", tower, tmp_path / "one"))
-    train.main(
-        [
-            *finetune_flags(parts, tmp_path / "one", tmp_path / "two"),
-            "--tune_vision",
-            "--vision_lr",
-            "1e-4",
-            "--max_steps",
-            "1",
-            "--warmup_ratio",
-            "0",
-        ]
-    )
+    own = ["--tune_vision", "--vision_lr", "1e-4", "--max_steps", "1", "--warmup_ratio", "0"]
+    train.main([*finetune_flags(parts, tmp_path / "one", tmp_path / "two"), *own])
     (first, _), (second, _) = trained
-    before, unused = dict(first.vision_tower.named_parameters()), []
+    before = dict(first.vision_tower.named_parameters())
+    unused = []
     for name, w in second.vision_tower.named_parameters():
         moved = (w - before[name]).abs().max()
         if moved == 0:
@@ -433,30 +365,19 @@ def test_the_vision_tower_is_trained_at_its_own_rate_but_for_what_is_not_used(
             assert not w.requires_grad
         else:
             assert moved < 1.01e-4, name  # one step of Adam: the rate, or less
-    last = {
-        "clip": "encoder.layers.2.",
-        "siglip": "encoder.layers.2.",
-        "dinov2": "encoder.layer.2.",
-    }[tower]
-    assert all(
-        name.split("vision_model.")[-1].startswith(
-            (last, "post_layernorm", "layernorm", "head.", "embeddings.mask_token")
-        )
-        for name in unused
-    )
+    last = "encoder.layer.2." if tower == "dinov2" else "encoder.layers.2."
+    may_be = (last, "post_layernorm", "layernorm", "head.", "embeddings.mask_token")
+    assert all(name.split("vision_model.")[-1].startswith(may_be) for name in unused)
     assert any(last in name for name in unused)
-    largest = max(
-        (w - p).abs().max() for w, p in zip(second.adapter.parameters(), first.adapter.parameters())
-    )
+    adapters = zip(second.adapter.parameters(), first.adapter.parameters())
+    largest = max((w - p).abs().max() for w, p in adapters)
     assert 0.9e-3 < largest < 1.1e-3
     assert_same(second, tmp_path / "two/model", parts, "gemma")
 
 
 def test_labels_of_another_grid_are_refused_for_dinov2(parts, tmp_path):
-    flags = [
-        f.replace("labels-clip-224", "labels-clip")
-        for f in pretrain_flags(parts, "gemma", "dinov2", tmp_path / "run")
-    ]
+    flags = pretrain_flags(parts, "gemma", "dinov2", tmp_path / "run")
+    flags = [flag.replace("labels-clip-224", "labels-clip") for flag in flags]
     with pytest.raises(UserError, match="made with size = 336, this run has size = 224"):
         train.main(flags)
 

