@@ -345,7 +345,7 @@ def test_the_papers_run_as_printed(capsys):
     assert plan["params"]["total"] == (7_062_902_784, 20_979_712 + 1)
     assert "7,062,902,784" in out and "20,979,713" in out
     assert "is not here; it has about 558,128 samples" in out
-    labels = 558_128 * 576 * 10  # of 4 bytes each 12.86 GB
+    labels = 558_128 * 576 * 10  # 12.86 GB at 4 bytes each
     assert plan["disk"]["labels"] == labels * 4 and "12.86" in out
     assert plan["disk"]["labels of 65,535 words or more"] == labels * 6
     config = json.loads(out.strip().splitlines()[-1])

@@ -258,7 +258,10 @@ def test_only_the_newest_checkpoints_are_kept(finetune_flags, tmp_path):
 
 
 def test_stage_2_learns_what_stage_1_cannot(finetune_flags, tmp_path, world):
-    """The answers are "the" and a word: the loss goes to nearly nothing, by the LLM's change."""
+    """The answers are always "the", a word: the loss goes to nearly nothing.
+
+    The LLM is what changes.
+    """
     own = f"--out_dir {tmp_path} --max_steps 60 --val_every 60 --lr 0.01".split()
     train.main([*finetune_flags, *own])
     lines = metrics(tmp_path)
