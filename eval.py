@@ -176,7 +176,8 @@ def open_words(run, file):
         raise UserError("the run of --model has no labels: give --words, a file with a word a line")
     words = read_words(file or Path(run.config["labels"]) / "words.txt")
     run.model.set_words(words)
-    return words, run.model.word_features(torch.arange(len(words)))
+    parts = torch.arange(len(words)).split(8192)
+    return words, torch.cat([run.model.word_features(ids) for ids in parts])
 
 
 # ------------------------------------------------------------------------------ commands: alignment
@@ -196,6 +197,7 @@ def eval_gap(
     run, captions = open_captions(model, data, image_folder, samples)
     x_v = visual_tokens(run.model, captions)
     _, features = open_words(run, words)
+
     result = dict(
         D=modality_gap(x_v, features),
         visual_norm=x_v.norm(dim=1).mean(),
@@ -265,6 +267,7 @@ def answer(
     )
     pad_left = functools.partial(collate, pad_id=tokenizer.pad_token_id, side="left")
     loader = DataLoader(dataset, batch_size, collate_fn=pad_left, num_workers=workers)
+
     answers = []
     for batch in tqdm(loader, "answering", disable=bool(streamer)):
         batch = to_device(batch, model.device)
