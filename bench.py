@@ -2,7 +2,7 @@
 
     python train.py --stage pretrain --world_size 8 --dry_run      the paper's run, on any computer
     python train.py --stage finetune --world_size 8 --fsdp --dry_run
-    python bench.py words                                labels.nearest_words against its limits
+    python bench.py words               labels.nearest_words against the bare matrix product
 
 For a plan the model is built on the meta device: config, tokenizer and preprocessor files are read,
 weights are not, and nothing is written. Counts are exact. Memory is estimated by the formulas
@@ -95,7 +95,7 @@ def find_parts(cfg, pretrain_cfg):
 
 
 def count_parameters(model):
-    """{part: (all, trained)}; the total does not count τ, but what is trained does."""
+    """{part: (all, trained)}; τ is counted among the trained of the total only."""
     vision = numel(model.vision_tower.parameters())
     adapter = numel(model.adapter.parameters())
     total = numel(model.llava.parameters())
@@ -185,7 +185,7 @@ def gpu_memory(cfg, model, ranks, positions, checkpoint):
         "moments": 8 * trained / shards,
         "copies": gathered_bytes(model, size) if cfg.fsdp else autocast_copies,
         "activations": activation_bytes(cfg, model, positions, checkpoint, size),
-        "logits": 12 * targets * model.llava.lm_head.weight.shape[0],
+        "logits": (8 + 2 * size) * targets * model.llava.lm_head.weight.shape[0],
     }
     memory["total"] = sum(memory.values())
     return memory
@@ -289,7 +289,7 @@ def block_products(v, t, rows=2048, block=8192):
     out = v.new_empty(rows, block)
     for part in t.split(block):
         for some in v.split(rows):
-            torch.mm(some, part.T, out=out[: len(some)] if len(part) == block else None)
+            torch.mm(some, part.T, out=out[: len(some), : len(part)])
 
 
 def main(argv=None):

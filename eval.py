@@ -224,8 +224,13 @@ def eval_words(
     is, with the words of the baseline, and with those of the model.
     """
     columns = []  # of the picture: the words of each image's patches
+    files = []
     for path in filter(None, (baseline, model)):
         run, captions = open_captions(path, data, image_folder, samples)
+        others = files
+        files = [sample["image"] for sample in captions.samples]
+        if others not in ([], files):
+            raise UserError("--baseline and --model have other images by default: give --data")
         word_list, features = open_words(run, words)
         nearest = nearest_word(visual_tokens(run.model, captions), features)
         names = np.array(word_list)[nearest.cpu()]
@@ -234,7 +239,6 @@ def eval_words(
         shares = {w: round(n / len(names), 3) for w, n in collections.Counter(names).most_common(8)}
         result = {"words": shares}
         if truth:
-            files = [sample["image"] for sample in captions.samples]
             result["true"] = true_share(truth, dict(zip(files, columns[-1])))
         print(path)
         save_result(run, result)
@@ -284,7 +288,7 @@ def question_sample(text, image):
 def says_yes(text):
     """An answer as POPE and LLaVA read it: no if its first sentence has "no" or "not", else yes."""
     first_sentence = text.lower().split(".")[0].replace(",", "")
-    return not {"no", "not"} & set(first_sentence.split())
+    return {"no", "not"}.isdisjoint(first_sentence.split())
 
 
 def pope_metrics(answers, truths):
@@ -401,8 +405,8 @@ def eval_vqa(
             kind = "yes/no" if normalize(true) in ("yes", "no") else "open"
             right = normalize(text) == normalize(true)
         question.update(answer=text, right=right)
-        scores[kind].append(right)
-        scores["all"].append(right)
+        for group in (kind, "all"):
+            scores[group].append(right)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text("".join(json.dumps(question) + "\n" for question in questions))

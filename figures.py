@@ -44,7 +44,7 @@ def draw_words(pictures, grid, columns, file):
 
 
 def draw_tile(pixels, words, grid, colors):
-    """A picture of the sheet, above its W most frequent words and their numbers of patches."""
+    """One picture, and below it a legend: its W most frequent words and their counts."""
     H, W = grid
     image = to_pil_image(pixels.clamp(0, 1)).resize((W * CELL, H * CELL), Image.Resampling.LANCZOS)
     tile = Image.new("RGB", (W * CELL, (H + 1) * CELL + 8), "white")

@@ -561,3 +561,15 @@ def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeyp
         )
         assert turns[n]["value"] == said and said in streamed
     assert [turn["value"] for turn in turns[::2]] == ["red?", "the wall?"]
+
+
+def test_words_of_two_runs_on_other_images_are_not_compared(run, world, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    samples = json.loads((world / "train.json").read_text())[::-1]
+    (tmp_path / "reversed.json").write_text(json.dumps(samples))
+    config["val_data"] = str(tmp_path / "reversed.json")
+    (other / "config.json").write_text(json.dumps(config))
+    flags = ["words", "--model", str(run), "--baseline", str(other), "--samples", "3"]
+    with pytest.raises(UserError, match="have other images by default: give --data"):
+        evaluation.main([*flags, "--out", f"{tmp_path}/w.png"])
