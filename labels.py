@@ -70,7 +70,7 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
     """
     turns = itertools.chain.from_iterable(sample["conversations"] for sample in load_samples(data))
     captions = (turn["value"] for turn in turns if turn["from"] == "gpt")
-    pairs = tqdm(_caption_words(captions, tagger), "reading captions", unit=" captions")
+    pairs = tqdm(_caption_words(captions, tagger), "reading captions")
     counts = collections.Counter(itertools.chain.from_iterable(pairs))
     groups = collections.defaultdict(list)
     for (word, wanted), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -93,7 +93,6 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
         print(f"{len(words) - len(groups['kept']):9,} more of {extra}")
     if not words:
         raise UserError(f"{data}: no word is left; lower --min_count")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     _write(Path(out), "\n".join(words) + "\n")
     print(f"{len(words):9,} words in {out}")
 
@@ -313,13 +312,12 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
     """
     _use_full_precision()
     patches = sign * patch_embeds
-    device = patches.device
-    ids = torch.full((len(patches), n), -1, device=device)
+    ids = torch.full((len(patches), n), -1, device=patches.device)
     scores = torch.zeros_like(ids, dtype=torch.float64)
     found = min(n, len(word_embeds))
 
-    bf16_is_fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    unsure = torch.arange(len(patches), device=device)
+    bf16_is_fast = patches.is_cuda or torch.cpu._is_avx512_bf16_supported()
+    unsure = torch.arange(len(patches), device=ids.device)
     for dtype in [torch.bfloat16, torch.float32] if bf16_is_fast else [torch.float32]:
         ids[unsure, :found], scores[unsure, :found], bound = _search(
             patches[unsure], word_embeds, n, dtype
@@ -518,6 +516,7 @@ def _load(file):
 
 def _write(file, content):
     """Write text or an array; the file is complete or absent, whenever this process is killed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     with open(part, "wb") as f:
         f.write(content.encode()) if isinstance(content, str) else np.save(f, content)
@@ -607,7 +606,7 @@ def _check_flags(image_folder, prompt, n, min_score, mass, batch_size, shard, **
 def _rank_device():
     """The GPU of this process, or the CPU."""
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set by torchrun
-    return torch.device(gpu if torch.cuda.is_available() else "cpu")
+    return gpu if torch.cuda.is_available() else "cpu"
 
 
 def _resolve(settings, samples, words, clip):
@@ -621,8 +620,7 @@ def _resolve(settings, samples, words, clip):
             meta[flag] = os.path.realpath(meta[flag])
 
     meta["path"] = meta["path"] or clip.default_path or patch_paths(clip)[0]
-    device = clip.logit_scale.device
-    blank = torch.zeros(1, 3, meta["size"], meta["size"], device=device)
+    blank = clip.logit_scale.new_zeros(1, 3, meta["size"], meta["size"])
     side = math.isqrt(patch_embeddings(clip, blank, meta["path"]).shape[1])
     meta |= dict(
         images=len(samples),
@@ -631,7 +629,7 @@ def _resolve(settings, samples, words, clip):
         weights=weights_crc(clip),
         grid=[side, side],
         sign=meta["sign"] or default_sign(clip, meta["path"]),
-        dtype=meta["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"),
+        dtype=meta["dtype"] or ("bfloat16" if blank.is_cuda else "float32"),
     )
     return json.loads(json.dumps(meta))  # as it will be read again
 
@@ -645,7 +643,6 @@ def _start_store(folder, meta, words):
         raise UserError(
             f"{folder}: holds files of unknown settings (no meta.json); choose another --out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "words.txt", "\n".join(words) + "\n")
     _write(file, json.dumps(meta, indent=1))
 
@@ -769,7 +766,7 @@ def _print_statistics(store, ids, scores, top_words):
         f"{is_label[..., 0].mean():.1%} of the patches have a label, {is_label.sum(-1).mean():.1f} "
         f"of at most {store.meta['n']}"
     )
-    heights, edges = np.histogram(scores[ids >= 0], bins=10)
+    heights, edges = np.histogram(scores[ids >= 0])
     for share, low, high in zip(heights / max(1, heights.sum()), edges, edges[1:]):
         print(f"  score {low:.3f} to {high:.3f} {share:6.1%} {'#' * round(50 * share)}")
 

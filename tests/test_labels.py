@@ -202,6 +202,14 @@ def test_random_words_are_found_by_the_first_search(fast, stages, sign):
     assert stages == [[str(torch.bfloat16 if fast else torch.float32), 70]]
 
 
+def test_words_that_share_a_component_are_found_by_the_first_search(fast, stages):
+    """Their mean, which changes no order, is not what is rounded."""
+    patches, words = spread(70, 20_000)
+    words = F.normalize(5 * patches.mean(0) / patches.mean(0).norm() + words, dim=-1)
+    assert_sorted(nearest_words(patches, words, 10, 1, -1.0), patches, words, 10, 1, -1.0)
+    assert len(stages) == 1
+
+
 def test_words_too_close_together_for_bf16_are_found_in_float32(fast, stages):
     patches, words = spread(40, 20_000, sigma=1e-3)
     assert_sorted(nearest_words(patches, words, 10, 1), patches, words, 10)
@@ -264,20 +272,25 @@ class Candidates(TorchDispatchMode):
         return super().__enter__()
 
 
-def hidden_by_rounding(kind, d=64):
-    """A patch and words, most of them the same, that score more than their product tells, for one
-    reason alone; the mean word is 0."""
-    even = torch.arange(d) % 2 == 0
-    one = torch.ones(d)
-    zigzag, off = torch.where(even, one, -one), torch.where(even, one + 2**-9, one - 2**-10)
-    small = torch.full((d,), 2.0**-25)
+def hidden_by_rounding(kind):
+    """A patch and words, most of them the same, that score more than their product tells; the mean
+    word is 0.
+
+    In bf16, whose numbers near 1 are multiples of 1/128: just less than half of that is rounded off
+    patch and word ("factors") and, more than these alone explain, off their product as well. In
+    float32: small numbers are lost where they are added to 1 ("addition").
+    """
+    step, half = 2**-7, 2**-7 * 0.4999
+    small = torch.full((32_768,), 2.0**-25)
     small[0], small[-1] = 1, -1
     patch, word = {
-        "patch": (off, zigzag),
-        "word": (zigzag, off),
-        "addition": (one, small),
-        "product": (torch.tensor([1.0, 1]), torch.tensor([1.0, 2**-8 - 2**-16])),
-        "negative product": (torch.tensor([1.0, 1]), torch.tensor([-1.0, 2**-9 - 2**-17])),
+        "factors": (torch.tensor([1 + half]), torch.tensor([1 + half])),
+        "product": (torch.tensor([1 + 7 * step + half]), torch.tensor([1 + 9 * step + half])),
+        "negative product": (
+            torch.tensor([1 + 7 * step - half]),
+            torch.tensor([-1 - 10 * step + half]),
+        ),
+        "addition": (torch.ones(32_768), small),
     }[kind]
     others = -8 * word.expand(25, -1) if kind == "negative product" else -word.expand(200, -1)
     return patch.expand(3, -1).clone(), torch.cat([word.expand(200, -1), others])
@@ -293,8 +306,7 @@ def hidden_by_rounding(kind, d=64):
         "few",
         "double",
         "long",
-        "patch",
-        "word",
+        "factors",
         "addition",
         "product",
         "negative product",
