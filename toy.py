@@ -88,11 +88,11 @@ def ensure(folder=Path("toy")):
     if not folder.exists():
         print(f"building the toy world in {folder}/, once; some minutes on two cores")
         build(folder)
-    label(folder, folder / "labels", n=1)  # of so few words the second best is nearly always wrong
+    label(folder, folder / "labels", n=1)  # CLIP's second word is nearly always wrong
 
 
 def label(folder, out, **settings):
-    """Make a label store of the toy unless there is one; +cos on the value path suits its CLIP."""
+    """Make a label store of the toy, unless there is one."""
     from labels import LabelStore, extract
 
     try:
@@ -104,8 +104,6 @@ def label(folder, out, **settings):
             f"{folder}/words.txt",
             str(out),
             encoder=f"{folder}/clip",
-            path="value",
-            sign=1,
             workers=0,
             **settings,
         )
@@ -175,9 +173,9 @@ def make_scene(rng):
             size = rng.randint(*sizes)
             x = rng.randint(0, SIDE - size)
             y = rng.randint(0, SIDE - size)
-            square = taken[y : y + size + 1, x : x + size + 1]
-            if not square.any():
-                square[:] = True
+            room = taken[y : y + size + 1, x : x + size + 1]
+            if not room.any():
+                room[:] = True
                 things.append(Thing(*words, x, y, size))
                 break
     things.sort(key=lambda thing: (thing.y, thing.x))
@@ -274,11 +272,10 @@ def questions(scene, rng):
 
 
 def description(scene, rng):
-    """A scene in words, in the place of its image: phrases, or 6 to 40 words in any order.
+    """A scene in words, in the place of its image: phrases, or up to 40 words in any order.
 
-    This is text as the LM would meet it, not one word for each patch: an LM that could read nothing
-    else would force the adapter to write words, and leave no misalignment for SEA to mend. It ends
-    with a newline, as images do.
+    It is not one word for each patch: then the adapter would have to write words, and SEA would
+    have nothing to mend. It ends with a newline, as images do.
     """
     if rng.random() < 0.5:
         wordings = ("a {0} {1} {2}", "a {2}, {0} and {1}", "a {1} {0} {2}")
@@ -350,22 +347,27 @@ def write_world(folder, n_train, n_val, seed):
 MEAN = 0.5  # of every channel
 STD = 0.25
 # what clip/open_clip_config.json says
-CLIP = json.loads("""
-{
-  "model_cfg": {
-    "embed_dim": 128,
-    "vision_cfg": {
-      "image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32,
-      "pool_type": "avg"
+CLIP = {  # what open_clip_config.json holds
+    "model_cfg": {
+        "embed_dim": 128,
+        "vision_cfg": {
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "width": 96,
+            "layers": 3,
+            "head_width": 32,
+            "pool_type": "avg",
+        },
+        "text_cfg": dict(context_length=32, vocab_size=49408, width=64, heads=2, layers=2),
     },
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
-  },
-  "preprocess_cfg": {
-    "size": 64, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
-    "interpolation": "bicubic", "resize_mode": "shortest"
-  }
+    "preprocess_cfg": {
+        "size": SIDE,
+        "mean": [MEAN] * 3,
+        "std": [STD] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    },
 }
-""")
 
 
 def train_clip(folder, seed, steps, batch=64):
@@ -381,8 +383,8 @@ def train_clip(folder, seed, steps, batch=64):
     rng = random.Random(seed)
     samples = load_samples(folder / "train.json")
     captions = [sample["conversations"][1]["value"] for sample in samples]
-    images = [Image.open(f"{folder}/images/{sample['image']}") for sample in samples]
-    pixels = (torch.stack([to_tensor(image) for image in images]) - MEAN) / STD
+    images = [to_tensor(Image.open(f"{folder}/images/{sample['image']}")) for sample in samples]
+    pixels = (torch.stack(images) - MEAN) / STD
     model = open_clip.CLIP(**CLIP["model_cfg"])
     model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.75)
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
@@ -541,7 +543,7 @@ def document(tokenizer, rng):
     kind = rng.random()
     told = description(scene, rng)
     turns = []  # (what is given, what follows from it)
-    if kind < 0.25:  # of questions alone, yes and no take far longer to learn
+    if kind < 0.25:  # without such lists, yes and no take far longer to learn
         given = f"{told}seen:"
         for word in rng.sample(SHOWN, 12):
             turns.append((f"{given} {word}", " yes" if word in told else " no"))
