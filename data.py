@@ -168,7 +168,7 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
     Stage 1, LLaVA's `plain`: <image>, the caption and a newline, without the human turn and without
     EOS. Caption and newline are trained.
     chat, stage 2: the tokenizer's chat template. Answers and the tokens that end them are trained.
-    Ids beyond max_length are cut off, and with them an image of which only a part would be left.
+    Ids beyond max_length are cut off. An image that the cut would split is dropped whole.
     """
     if chat:
         ids, is_trained = _encode_chat(sample, tokenizer)

@@ -47,11 +47,11 @@ def sea_loss(
     generator: one torch.Generator of the CPU, or a list with one per image.
 
     Returns the loss and a dict for the log: `pairs`, the number of this rank's pairs, and
-    `matched`, how many of their visual tokens are nearest to their own word feature.
+    `matched`, for how many of them no other word feature is nearer to the visual token.
 
     PAPER: "one batch" is the micro-batch of one rank. With gather it is the micro-batches of all
-    ranks. Each rank then returns its own pairs' terms of the whole loss, times the number of ranks,
-    so that DDP's mean over ranks is the whole loss. Ranks may hold different numbers of images.
+    ranks. Each rank then returns its share of the whole loss, times the number of ranks: DDP's mean
+    adds the shares up. Ranks may hold different numbers of images.
     """
     if visual_tokens.shape[:2] != label_ids.shape[:2] or label_ids.shape[1] != grid[0] * grid[1]:
         found = f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)}"
@@ -71,7 +71,7 @@ def sea_loss(
     if gather:
         loss = loss * dist.get_world_size()
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         cosine = F.normalize(x[own_rows].float(), dim=-1) @ F.normalize(t.float(), dim=-1).T
         own_cosine = cosine.gather(1, own_rows.unsqueeze(1))
         is_nearest = (cosine <= own_cosine).all(-1)
@@ -136,7 +136,7 @@ def one_patch_per_label(labels, generator=None, priority=None):
 def sample_pairs(label_ids, label_scores, grid, window, generator=None):
     """Candidates for pairs: one labelled patch of each window and one label for it.
 
-    PAPER: in this order: a window without a labelled patch gives no pair.
+    PAPER: the patch is drawn first, among the labelled ones, then its label.
 
     label_ids, label_scores [B, m, n], grid (H, W) -> patches (indices into B * m), labels (-1 where
     a window gives no pair), priority (noise for one_patch_per_label), each [B * windows].

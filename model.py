@@ -80,8 +80,7 @@ class SEAModel(nn.Module):
         self.parts = parts
         self.image_token_id = llava.config.image_token_id
         self.image_tokens = llava.config.image_seq_length
-        side = math.isqrt(self.image_tokens)
-        self.grid = (side, side)
+        self.grid = (math.isqrt(self.image_tokens),) * 2
         # Rows at the embedding's end that only make room for <image> are never predicted.
         padding_ids = llava.generation_config.suppress_tokens or []
         self.vocabulary_size = self.embed_tokens.num_embeddings - len(padding_ids)
@@ -199,10 +198,8 @@ class SEAModel(nn.Module):
         if not tune_vision:
             self.vision_tower.to(dtype).requires_grad_(False)
             return
-        # The features do not depend on the last block and what follows it. DDP would wait for
-        # gradients that are never made.
-        size = self.preprocess["size"]
-        features = self.vision_features(torch.zeros(1, 3, size, size, device=self.device))
+        # Layer -2 leaves the last block unused: DDP would wait for its gradients.
+        features = self.visual_tokens([])  # of a black image
         parameters = list(self.vision_tower.parameters())
         grads = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
         for parameter, grad in zip(parameters, grads):
@@ -298,10 +295,9 @@ def refuse_llm(llm):
         if getattr(llm.config, name, neutral) != neutral:
             raise UserError(f"{misfit} leaves out {name}, by which it changes its logits")
     modules = [name for name, _ in llm.named_children()]
-    if modules != ["model", "lm_head"] or not hasattr(llm.model, "embed_tokens"):
-        raise UserError(f"{misfit} takes a decoder with embed_tokens and an LM head")
-    if llm.lm_head.bias is not None:
-        raise UserError(f"{misfit} takes an LM head without bias")
+    is_usual = modules == ["model", "lm_head"] and hasattr(llm.model, "embed_tokens")
+    if not is_usual or llm.lm_head.bias is not None:
+        raise UserError(f"{misfit} takes a decoder with embed_tokens and an LM head without bias")
 
 
 def embedding_scale(llm):
@@ -334,10 +330,7 @@ def load_vision(name, dtype, meta=False):
         config = AutoConfig.from_pretrained(name)
         config = getattr(config, "vision_config", config)  # of a whole CLIP, text tower and all
         if config.model_type not in TOWERS:
-            known = ", ".join(TOWERS)
-            raise UserError(
-                f"{name}: not a vision tower, but a {config.model_type} (known: {known})"
-            )
+            raise UserError(f"{name}: a {config.model_type}, not a vision tower of {TOWERS}")
         return load_weights(AutoModel, name, config, dtype, meta)
 
 
@@ -460,8 +453,8 @@ def load_finetune_checkpoint(folder, dtype):
         model = load_model(config["init"], dtype)
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         own = {f"model.{name}": w for name, w in model.state_dict().items()}
-        trained = [name for name in saved if name.startswith("model.")]  # the others: optimizer
-        dcp.load({name: own[name] for name in trained}, checkpoint_id=folder, no_dist=True)
+        trained = {name: own[name] for name in saved if name.startswith("model.")}
+        dcp.load(trained, checkpoint_id=folder)
     except UserError as e:
         raise UserError(f"{folder}: {e}") from e
     except KeyError as e:

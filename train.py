@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -175,8 +175,8 @@ _TOY = dict(
 SETTINGS = {
     ("llava15", "pretrain"): {},
     ("llava15", "finetune"): dict(_FINETUNE, data="data/llava_v1_5_mix665k.json"),
-    # PAPER: SEA-PRIME follows LLaVA's hyperparameters: 2e-5 at a batch of 128 is Cambrian-1's 4e-5
-    # at 512, for a learning rate that grows with the square root of the batch.
+    # PAPER: SEA-PRIME follows LLaVA's hyperparameters. Cambrian-1's 4e-5 at a batch of 512, scaled
+    # by √(128/512), is LLaVA's 2e-5 at 128.
     ("prime", "pretrain"): dict(vision="siglip-384", data="data/alignment_2.5m.jsonl"),
     ("prime", "finetune"): dict(
         _FINETUNE,
@@ -367,7 +367,7 @@ def train_step(run, batches, step):
         for name in ("input_ids", "attention_mask", "targets", "pixels"):  # labels stay on the CPU
             batch[name] = batch[name].to(run.device, non_blocking=True)
 
-        # FSDP averages gradients after each micro-batch, DDP with this after the last one.
+        # DDP averages gradients in the last micro-batch only; FSDP in each.
         run.parallel_model.require_backward_grad_sync = i == len(batches) - 1
         with run.autocast():
             out = run.parallel_model(
@@ -447,7 +447,7 @@ def validate(run, val_set):
         if len(own) < math.ceil(len(val_set) / world_size()):
             # Sharded models need all ranks in every forward pass.
             alignment_sums(run.parallel_model, Subset(val_set, [0]), run.device)
-    if isinstance(run.parallel_model, FSDPModule):
+    if run.cfg.fsdp:
         run.parallel_model.reshard()  # as a backward pass would; checkpoints hold shards
     tacs, images, loss, tokens = all_sum(sums, run.device)
     metrics = {"val_loss": loss / max(tokens, 1)}
@@ -484,8 +484,7 @@ def setup_distributed():
 
 def all_sum(values, device):
     """Sum numbers over the ranks -> list of floats."""
-    values = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
-    total = torch.stack(values)
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
@@ -522,10 +521,8 @@ def parallelize(cfg, model, dtype):
 
 def build_model(cfg, device):
     """-> the model, with float32 weights where it is trained, and the dtype of all else."""
-    name = cfg.dtype
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, name)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
     torch.manual_seed(cfg.seed)
     if cfg.stage == "pretrain":
         model = new_model(cfg.vision, cfg.llm, dtype, cfg.tau)
@@ -569,17 +566,16 @@ def build_data(cfg, model):
     if not cfg.val_data:
         return train_set, None
     val_set = dataset(cfg.val_data, cfg.val_image_folder or cfg.image_folder)
-    return train_set, Subset(val_set, range(min(cfg.val_samples, len(val_set))))
+    return train_set, Subset(val_set, range(len(val_set))[: cfg.val_samples])
 
 
 def build_optimizer(cfg, model, steps):
     """AdamW without weight decay, as in LLaVA; the vision tower has a rate of its own."""
-    groups = {"rest": [], "vision": []}
+    groups = [{"params": [], "lr": cfg.lr}, {"params": [], "lr": cfg.vision_lr}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups["vision" if ".vision_tower." in name else "rest"].append(parameter)
-    rates = {"rest": cfg.lr, "vision": cfg.vision_lr}
-    groups = [{"params": groups[name], "lr": rates[name]} for name in groups if groups[name]]
+            groups[".vision_tower." in name]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # PyTorch's betas and eps are LLaVA's
     warmup_steps = math.ceil(cfg.warmup_ratio * steps)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
@@ -633,7 +629,7 @@ def save_checkpoint(run, step):
         state = dict(step=step, schedule=schedule, config=config, world=world_size())
         (unfinished / "state.json").write_text(json.dumps(state))
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
+        unfinished.rename(folder)
         if run.cfg.keep:
             for old in newest_checkpoints(run.cfg.out_dir)[run.cfg.keep :]:
                 shutil.rmtree(old)
@@ -642,10 +638,9 @@ def save_checkpoint(run, step):
 
 def load_checkpoint(run):
     """Restore the newest checkpoint, of any number of ranks -> the number of steps done."""
-    checkpoints = newest_checkpoints(run.cfg.out_dir)
-    if not checkpoints:
+    folder = next(iter(newest_checkpoints(run.cfg.out_dir)), None)
+    if not folder:
         raise UserError(f"{run.cfg.out_dir}: no checkpoint to resume from")
-    folder = checkpoints[0]
     saved = json.loads((folder / "state.json").read_text())
     old = saved["config"]
     new = dataclasses.asdict(run.cfg)

@@ -242,7 +242,7 @@ def test_gemma_scales_inside_its_embedding_and_so_does_the_adapter(world):
         (GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2), "takes a decoder with"),
         (OPTConfig(vocab_size=400, hidden_size=16, ffn_dim=32, num_hidden_layers=1,
                    num_attention_heads=2, word_embed_proj_dim=16), "takes a decoder with"),
-        (PhiConfig(**SMALL), "an LM head without bias"),
+        (PhiConfig(**SMALL), "LM head without bias"),
     ],
 )  # fmt: skip
 def test_an_llm_that_llava_would_compute_otherwise_is_refused(config, reason):
