@@ -405,6 +405,16 @@ def test_batches_answer_as_one_by_one(finetuned, world):
     assert again[::-1] == one
 
 
+def test_answers_are_without_end_tokens_and_padding(finetuned, world, monkeypatch):
+    model = load_model(finetuned)
+    tokenizer = model.tokenizer
+    ids = tokenizer(" red wall ", add_special_tokens=False).input_ids
+    ids += [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    monkeypatch.setattr(model, "generate", lambda batch, **kwargs: torch.tensor([ids]))
+    sample = evaluation.question_sample("what?", None)
+    assert evaluation.answer(model, [sample], world / "images") == ["red wall"]
+
+
 def test_pope_reads_its_three_files(finetuned, world, tmp_path, capsys):
     (tmp_path / "pope").mkdir()
     rng, rows = np.random.default_rng(0), {}

@@ -258,20 +258,26 @@ def test_figures_are_drawn_from_what_runs_left(flags, world, tmp_path, capsys, d
                 result = evaluation.main(["vqa", *checkpoint, *data, "--name", name])
             scores[kind].append(result["c"]["all"])
 
+    for score, folder in zip((0.25, 0.75), folders.values()):
+        with open(folder / "eval.jsonl", "a") as f:
+            f.write(json.dumps({"step": 6, "d": {"all": score}}) + "\n")
+            f.write(json.dumps({"step": 3, "d": {"all": 0.5}}) + "\n")
+
     both = ["--model", str(folders["SEA"]), "--baseline", str(folders["baseline"])]
     evaluation.main(["figures", *both, "--out", f"{tmp_path}/f", "--samples", "4"])
     assert {file.name for file in (tmp_path / "f").iterdir()} == set(drawn)
     assert set(drawn) == {"tsne.png", "curves.png", "radar.png"}
     panels = {axes.get_title(): axes for axes in drawn["curves.png"].axes}
-    assert set(panels) == {"val_tacs", "a all", "b all", "c all"}
+    assert set(panels) == {"val_tacs", "a all", "b all", "c all", "d all"}
     lines = {line.get_label(): line for line in panels["c all"].lines}
     assert {kind: [*line.get_ydata()] for kind, line in lines.items()} == scores
     for line in panels["val_tacs"].lines:
         metrics = read_json_lines(folders[line.get_label()] / "metrics.jsonl")
         assert [*line.get_ydata()] == [m["val_tacs"] for m in metrics if "val_tacs" in m]
     [radar] = drawn["radar.png"].axes
-    names = [label.get_text().split("\n")[0] for label in radar.get_xticklabels()]
-    assert names == ["a all", "b all", "c all"]
+    labels = [label.get_text() for label in radar.get_xticklabels()]
+    assert [label.split("\n")[0] for label in labels] == ["a all", "b all", "c all", "d all"]
+    assert labels[-1] == "d all\n0.25 / 0.75"  # of the last step
 
     assert [axes.get_title() for axes in drawn["tsne.png"].axes] == ["baseline", "SEA"]
     for axes in drawn["tsne.png"].axes:
