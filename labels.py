@@ -380,6 +380,8 @@ def _search(patches, words, n, dtype, patch_block=4096, word_block=16384):
     rounded_factors = norms * (eps + eps**2)  # each number of patch and word by eps / 2 of itself
     rounded_sum = norms * patches.shape[1] * 2**-22  # d additions in float32
     bound = last_product + mean_score + rounded_product + rounded_factors + rounded_sum
+    if k == len(words):
+        bound.fill_(-torch.inf)  # there is no other word
     return ids[:, :n], scores[:, :n], bound
 
 
