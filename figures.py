@@ -176,7 +176,6 @@ def draw_radar(scores, file):
         labels.append(f"{name}\n" + " / ".join(f"{value:.3g}" for value in column))
     axes.set_ylim(0, 1)
     axes.set_xticks(angles, labels)
-    axes.tick_params(axis="x", pad=30)
     axes.tick_params("x", pad=36)  # labels stand beside the circle, not over it
     figure.legend(loc="lower left", title="share of the best score")
     save_figure(figure, file)
