@@ -322,6 +322,8 @@ def main(argv=None):
     save_result(run)
     if log and cfg.stage == "pretrain":
         print(f"Look at its visual tokens: python eval.py words --model {cfg.out_dir}")
+        if cfg.preset == "toy":
+            print("Compare with the baseline, over three seeds: python toy.py report")
     barrier()
 
 
