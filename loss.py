@@ -53,9 +53,10 @@ def sea_loss(
     ranks. Each rank then returns its share of the whole loss, times the number of ranks: DDP's mean
     adds the shares up. Ranks may hold different numbers of images.
     """
-    if visual_tokens.shape[:2] != label_ids.shape[:2] or label_ids.shape[1] != grid[0] * grid[1]:
-        found = f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)}"
-        raise ValueError(f"{found} must both be [B, {grid[0]} x {grid[1]}, ...]")
+    shape = (len(label_ids), grid[0] * grid[1])
+    if not shape == visual_tokens.shape[:2] == label_ids.shape[:2]:
+        found = f"{tuple(visual_tokens.shape)} and {tuple(label_ids.shape)}"
+        raise ValueError(f"visual tokens and labels must be {shape} patches, not {found}")
     patches, labels, priority = sample_pairs(label_ids, label_scores, grid, window, generator)
     x = visual_tokens.flatten(0, 1)[patches.to(visual_tokens.device)]  # (S, D), S = B * windows
     is_own = torch.ones_like(labels, dtype=torch.bool)
@@ -190,8 +191,6 @@ def contrastive_loss(x, t, log_scale, rows=slice(None)):
     rows: the pairs whose terms are added up, all by default. Losses over disjoint rows add up to
     the whole loss.
     """
-    if len(x) == 0:
-        return (x.sum() + t.sum() + log_scale.sum()) * 0
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(_at_least_float32(x), dim=-1)
         t = F.normalize(_at_least_float32(t), dim=-1)
@@ -199,7 +198,7 @@ def contrastive_loss(x, t, log_scale, rows=slice(None)):
         diagonal = torch.arange(len(x), device=x.device)[rows]
         x_to_t = F.cross_entropy(scale * x[rows] @ t.T, diagonal, reduction="sum")
         t_to_x = F.cross_entropy(scale * t[rows] @ x.T, diagonal, reduction="sum")
-    return (x_to_t + t_to_x) / (2 * len(x))
+    return (x_to_t + t_to_x) / (2 * max(1, len(x)))
 
 
 def _at_least_float32(x):
