@@ -5,7 +5,6 @@ imported where they are used.
 """
 
 import collections
-import itertools
 import json
 import math
 import re
@@ -20,11 +19,12 @@ from data import UserError, read_json_lines
 
 # ------------------------------------------------------------------------------- words over patches
 
-# Colours of the most frequent words of a sheet, the most frequent first; all others are grey.
+# Colours of the most frequent words of a sheet, the most frequent first.
 PALETTE = (
     "#ff0000 #00d000 #0040ff #ffe000 #ff00ff #00e0ff #ff8000 #8000ff #006000 #a0ff00 #ff80c0 "
     "#008080 #804000 #0000a0 #ffb060 #a00060 #00ffa0 #80a0ff #808000 #c060ff"
 )
+GREY = "#808080"  # of all other words
 CELL = 48  # pixels along the side of a patch: room for a word
 
 
@@ -34,10 +34,9 @@ def draw_words(pictures, grid, columns, file):
     pictures: (pixels [3, S, S] in 0..1, its m words), "" for a patch without a word. A picture with
     no words at all, (pixels, []), shows the plain image. grid: (H, W) patches.
     """
-    counts = collections.Counter(word for _, words in pictures for word in words)
-    by_frequency = [word for word, _ in counts.most_common() if word]
-    palette = itertools.chain(PALETTE.split(), itertools.repeat("#808080"))
-    colors = dict(zip(by_frequency, palette))
+    counts = collections.Counter(word for _, words in pictures for word in words if word)
+    by_frequency = sorted(counts, key=counts.get, reverse=True)
+    colors = collections.defaultdict(lambda: GREY, zip(by_frequency, PALETTE.split()))
     tiles = [draw_tile(pixels, words, grid, colors) for pixels, words in pictures]
     save_image(tiles, file, nrow=columns, padding=12, pad_value=1)
     print(f"wrote {file}")
@@ -49,29 +48,32 @@ def draw_tile(pixels, words, grid, colors):
     image = to_pil_image(pixels.clamp(0, 1)).resize((W * CELL, H * CELL), Image.Resampling.LANCZOS)
     tile = Image.new("RGB", (W * CELL, (H + 1) * CELL + 8), "white")
     tile.paste(image.convert("L") if words else image)
-    cells = [(word, word) for word in words]
-    for word, count in collections.Counter(filter(None, words)).most_common(W):
-        cells.append((word, f"{word}\n{count}"))
-
     draw = ImageDraw.Draw(tile, "RGBA")
-    for i, (word, text) in enumerate(cells):
+
+    for patch, word in enumerate(words):
         if word:
-            row, column = divmod(i, W)
-            left = column * CELL
-            top = row * CELL + 8 * (row == H)  # the legend stands apart from the image
-            box = (left, top, left + CELL - 1, top + CELL - 1)
-            draw.rectangle(box, colors[word] + "64")  # 40 % opaque
-            draw.text(
-                (left + CELL / 2, top + CELL / 2),
-                text,
-                "white",
-                ImageFont.load_default(min(CELL / 4, 1.7 * CELL / len(word))),
-                anchor="mm",
-                align="center",
-                stroke_width=1,
-                stroke_fill="black",
-            )
+            row, column = divmod(patch, W)
+            draw_cell(draw, column * CELL, row * CELL, word, colors[word])
+    legend = collections.Counter(filter(None, words)).most_common(W)
+    for column, (word, count) in enumerate(legend):
+        draw_cell(draw, column * CELL, H * CELL + 8, f"{word}\n{count}", colors[word])
     return to_tensor(tile)
+
+
+def draw_cell(draw, left, top, text, color):
+    """A square of CELL pixels in a transparent color, with text in the middle."""
+    draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), color + "64")  # 40 % opaque
+    word = text.split("\n")[0]
+    draw.text(
+        (left + CELL / 2, top + CELL / 2),
+        text,
+        "white",
+        ImageFont.load_default(min(CELL / 4, 1.7 * CELL / len(word))),
+        anchor="mm",
+        align="center",
+        stroke_width=1,
+        stroke_fill="black",
+    )
 
 
 # ------------------------------------------------------------------------ measures of training runs
@@ -103,12 +105,15 @@ def history(folder):
 
 
 def harness_scores(file):
-    """{task: {"all": score}} of a result file. The score is the task's first metric named CIDEr,
-    pair accuracy or f1, else its first; a group of tasks stands for its tasks."""
+    """A result file of lmms-eval or lm-evaluation-harness -> {task: {"all": score}}.
+
+    The score is the task's first metric whose name has CIDEr, pair or f1 in it, else its first
+    metric. Tasks that belong to a group are left out: the group has a score of its own.
+    """
     scores = {}
     try:
         content = json.loads(file.read_text())
-        members = [*itertools.chain(*content.get("group_subtasks", {}).values())]
+        members = sum(content.get("group_subtasks", {}).values(), [])
         for task, values in content["results"].items():
             metrics = [k for k, v in values.items() if isinstance(v, float) and "stderr" not in k]
             metrics.sort(key=lambda name: not re.search("CIDEr|pair|f1", name))
@@ -136,8 +141,8 @@ def draw_curves(runs, measures, file):
     """
     import matplotlib.pyplot as plt
 
-    histories = [*itertools.chain(*runs.values())]
-    names = [name for name in measures if all(len(h.get(name, ())) > 1 for h in histories)]
+    histories = sum(runs.values(), [])
+    names = [name for name in measures if all(len(run.get(name, ())) > 1 for run in histories)]
     if not names:
         print(f"no {file}: it takes a measure at several steps of every run (--val_data)")
         return
@@ -176,7 +181,8 @@ def draw_radar(scores, file):
         labels.append(f"{name}\n" + " / ".join(f"{value:.3g}" for value in column))
     axes.set_ylim(0, 1)
     axes.set_xticks(angles, labels)
-    axes.tick_params("x", pad=36)  # labels stand beside the circle, not over it
+    for label, angle in zip(axes.get_xticklabels(), angles):  # beside the circle, not over it
+        label.set_horizontalalignment("left" if np.cos(angle) > 0 else "right")
     figure.legend(loc="lower left", title="share of the best score")
     save_figure(figure, file)
 
@@ -184,32 +190,31 @@ def draw_radar(scores, file):
 # --------------------------------------------------------------------------------- token embeddings
 
 
-def draw_tsne(groups, file, most=1000):
+def draw_tsne(groups, file, max_points=1000):
     """Token embeddings in a common t-SNE (Figure 2), a panel for each kind of run.
 
-    groups: {kind: {name: [N, D]}}; at most `most` of each are drawn, evenly spaced.
+    groups: {kind: {name: [N, D]}}; of each at most max_points are drawn, evenly spaced.
 
-    PAPER: the distance is the cosine's, as in Eq. 4 and TACS. In Euclid's the norms alone would
-    part visual tokens from words, however well aligned.
+    PAPER: the distance is the cosine's, as in Eq. 4 and TACS. Under the Euclidean distance, visual
+    tokens would be separate from words by their norms alone, however well they are aligned.
     """
     import matplotlib.pyplot as plt
     from sklearn.manifold import TSNE
 
-    parts = {}
-    for kind, tokens in groups.items():
-        for name, x in tokens.items():
-            parts[kind, name] = x[:: math.ceil(len(x) / most)].float().cpu().numpy()
+    parts = []
+    for tokens in groups.values():
+        for x in tokens.values():
+            parts.append(x[:: math.ceil(len(x) / max_points)].float().cpu().numpy())
     tsne = TSNE(metric="cosine", init="random", random_state=0)
-    points = tsne.fit_transform(np.concatenate([*parts.values()]))
-    ends = np.cumsum([len(part) for part in parts.values()])
+    points = tsne.fit_transform(np.concatenate(parts))
+    places = iter(np.split(points, np.cumsum([len(part) for part in parts])))
 
     figure, panels = plt.subplots(1, len(groups), squeeze=False, figsize=(5 * len(groups), 5))
-    panels = dict(zip(groups, panels[0]))
-    for kind, axes in panels.items():
+    for axes, (kind, tokens) in zip(panels[0], groups.items()):
         axes.set(title=kind, xticks=[], yticks=[])
         axes.set_prop_cycle(color=["tab:orange", "tab:blue", "gold"])
-    for (kind, name), places in zip(parts, np.split(points, ends)):
-        panels[kind].scatter(*places.T, s=8, label=name)
+        for name in tokens:
+            axes.scatter(*next(places).T, s=8, label=name)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=3)
     save_figure(figure, file)
 

@@ -225,7 +225,7 @@ def test_tsne_parts_what_points_elsewhere_whatever_its_norm(tmp_path, drawn):
         kind: {"visual tokens": x.bfloat16(), "LLM's embeddings": words, "text tokens": words[:9]}
         for kind, x in (("SEA", near), ("baseline", away))
     }
-    draw_tsne(groups, tmp_path / "t.png", most=50)
+    draw_tsne(groups, tmp_path / "t.png", max_points=50)
     places = {}
     for axes in drawn["t.png"].axes:
         for dots in axes.collections:
