@@ -25,7 +25,7 @@ import shlex
 import shutil
 import threading
 import traceback
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
@@ -36,12 +36,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw
+from safetensors.torch import save_file
+from tokenizers import ByteLevelBPETokenizer, processors
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.functional import normalize, to_tensor
 from tqdm import tqdm
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from data import UserError, cli, image_processor, load_samples, run_command
+from eval import eval_words, token_groups
+from figures import draw_curves, draw_radar, draw_tsne, history
+from labels import LabelStore, extract
 
 # -------------------------------------------------------------------------------------------- build
 
@@ -58,7 +70,7 @@ def build(
         raise UserError(f"{folder} exists: remove it to build the toy again")
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)  # what an interrupted build left
-    write_world(work, images, 250, seed)
+    write_world(work, images, seed)
     with two_workers() as pool:
         clip = pool.submit(train_clip, work, seed, clip_steps)
         lm = pool.submit(train_lm, work, seed, lm_steps)
@@ -83,27 +95,25 @@ def start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def ensure(folder=Path("toy")):
-    """Build what is missing of the toy, its labels included."""
-    if not folder.exists():
-        print(f"building the toy world in {folder}/, once; some minutes on two cores")
-        build(folder)
-    label(folder, folder / "labels", n=1)  # CLIP's second word is nearly always wrong
+def ensure():
+    """Build what is missing of toy/, its labels included."""
+    if not Path("toy").exists():
+        print("building the toy world in toy/, once; some minutes on two cores")
+        build()
+    label("labels", n=1)  # CLIP's second word is nearly always wrong
 
 
-def label(folder, out, **settings):
-    """Make a label store of the toy, unless there is one."""
-    from labels import LabelStore, extract
-
+def label(name, **settings):
+    """Make, or finish, the label store `name` in toy/."""
     try:
-        LabelStore(out)
+        LabelStore(f"toy/{name}")
     except UserError:
         extract(
-            f"{folder}/train.json",
-            f"{folder}/images",
-            f"{folder}/words.txt",
-            str(out),
-            encoder=f"{folder}/clip",
+            data="toy/train.json",
+            image_folder="toy/images",
+            words="toy/words.txt",
+            out=f"toy/{name}",
+            encoder="toy/clip",
             workers=0,
             **settings,
         )
@@ -114,7 +124,7 @@ def label(folder, out, **settings):
 SIDE = 64  # pixels of an image
 PATCH = 8  # pixels of a patch
 GRID = SIDE // PATCH  # patches along a side
-Y, X = np.mgrid[:SIDE, :SIDE]  # of every pixel
+Y, X = np.mgrid[:SIDE, :SIDE]  # row and column of each pixel, both [64, 64]
 
 
 def ring(radii):
@@ -154,7 +164,7 @@ BACKGROUNDS = {
 FIELDS = {"color": COLORS, "pattern": PATTERNS, "shape": SHAPES}
 SHOWN = (*COLORS, *PATTERNS, *SHAPES, *BACKGROUNDS)
 NEVER_SHOWN = "dog cat tree house car road cloud river bird metal glass paper chair"
-WORDS = (*SHOWN, *NEVER_SHOWN.split())  # labels must avoid the last
+WORDS = (*SHOWN, *NEVER_SHOWN.split())  # the word list: CLIP is free to be wrong
 
 Thing = namedtuple("Thing", "color pattern shape x y size")  # x, y, size: of its bounding square
 # No two things of a scene share a color, pattern or shape, so that "the circle" is one.
@@ -166,7 +176,7 @@ def make_scene(rng):
     count = rng.randint(1, 3)
     sizes = ((28, 52), (24, 36), (20, 30))[count - 1]
     names = [rng.sample(list(field), count) for field in FIELDS.values()]
-    taken = np.zeros((SIDE + 1, SIDE + 1), bool)
+    taken = np.zeros((SIDE, SIDE), bool)
     things = []
     for words in zip(*names):
         for _ in range(30):  # a crowded scene keeps fewer objects
@@ -184,10 +194,10 @@ def make_scene(rng):
 
 def shape_mask(thing):
     """The pixels of an object: [64, 64] bool."""
-    image = Image.new("L", (SIDE, SIDE))
+    image = Image.new("1", (SIDE, SIDE))
     corners = np.array(SHAPES[thing.shape]) * (thing.size - 1) + (thing.x, thing.y)
     ImageDraw.Draw(image).polygon(corners.ravel().tolist(), 1)
-    return np.array(image, bool)
+    return np.array(image)
 
 
 def render(scene, rng):
@@ -247,7 +257,7 @@ def scene_words(scene):
 
 
 def questions(scene, rng):
-    """(question, answer) of every kind once, shuffled; yes and no are equally likely."""
+    """Four pairs (question, answer) of different kinds; yes and no are equally likely."""
     thing = rng.choice(scene.things)
     count = ("one", "two", "three")[len(scene.things) - 1]
     asked = [
@@ -268,7 +278,7 @@ def questions(scene, rng):
         answer = rng.choice(("yes", "no"))
         fitting = [name for name in names if (name in true) == (answer == "yes")]
         asked.append((wording.format(rng.choice(fitting)), answer))
-    return rng.sample(asked, len(asked))
+    return rng.sample(asked, len(asked))[:4]
 
 
 def description(scene, rng):
@@ -302,19 +312,18 @@ def pope_questions(scene, field, image, rng):
 # -------------------------------------------------------------------------------------------- files
 
 
-def sample(name, question, answer, **image):
-    """One sample in LLaVA's format."""
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": name, **image, "conversations": turns}
+def conversation(question, answer):
+    """The turns of a sample in LLaVA's format."""
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def write_world(folder, n_train, n_val, seed):
-    """Draw the images and write everything that is not a model."""
+def write_world(folder, images, seed):
+    """Draw the images and write everything that is not a model. images: for training."""
     truth = {}
-    for split, count in (("train", n_train), ("val", n_val)):
+    files = defaultdict(list)
+    for split, count in (("train", images), ("val", 250)):
         rng = random.Random(f"{seed} {split}")
-        files = {split: [], f"{split}_qa": [], f"{split}_text": []}
-        pope = {field: [] for field in FIELDS}
+        pope = defaultdict(list)
         (folder / "images" / split).mkdir(parents=True)
         for i in tqdm(range(count), desc=f"draw {split}"):
             scene = make_scene(rng)
@@ -322,18 +331,18 @@ def write_world(folder, n_train, n_val, seed):
             Image.fromarray(render(scene, rng)).save(f"{folder}/images/{image}", compress_level=1)
             truth[image] = patch_truth(scene)
 
-            turns = [("Describe the image.", caption(scene, rng)), *questions(scene, rng)[:4]]
-            for k, (question, answer) in enumerate(turns):
-                row = sample(f"{split}-{i}-{k}", f"<image>\n{question}", answer, image=image)
+            asked = [("Describe the image.", caption(scene, rng)), *questions(scene, rng)]
+            for k, (question, answer) in enumerate(asked):
+                turns = conversation(f"<image>\n{question}", answer)
+                row = {"id": f"{split}-{i}-{k}", "image": image, "conversations": turns}
                 files[f"{split}_qa" if k else split].append(row)
-            row = sample(f"{split}-{i}-text", description(scene, rng) + question, answer)
-            files[f"{split}_text"].append(row)
+            turns = conversation(description(scene, rng) + question, answer)
+            files[f"{split}_text"].append({"id": f"{split}-{i}-text", "conversations": turns})
             for field in FIELDS:
                 pope[field] += pope_questions(scene, field, image, rng)
 
-        for name, rows in files.items():
-            (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
-
+    for name, rows in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
     (folder / "pope").mkdir()
     for field, rows in pope.items():  # of the last split, val
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -344,10 +353,9 @@ def write_world(folder, n_train, n_val, seed):
 
 # --------------------------------------------------------------------------------------------- CLIP
 
-MEAN = 0.5  # of every channel
-STD = 0.25
-# what clip/open_clip_config.json says
-CLIP = {  # what open_clip_config.json holds
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.25, 0.25, 0.25)
+CLIP = {  # what clip/open_clip_config.json holds
     "model_cfg": {
         "embed_dim": 128,
         "vision_cfg": {
@@ -362,35 +370,34 @@ CLIP = {  # what open_clip_config.json holds
     },
     "preprocess_cfg": {
         "size": SIDE,
-        "mean": [MEAN] * 3,
-        "std": [STD] * 3,
+        "mean": MEAN,
+        "std": STD,
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     },
 }
 
 
-def train_clip(folder, seed, steps, batch=64):
+def train_clip(folder, seed, steps):
     """Contrastive training on images and text; writes clip/ and vision/.
 
     What makes single patches mean something: the image embedding is their average, and three
     quarters of them are dropped in training, so that each must speak for what it shows.
     """
     import open_clip
-    from safetensors.torch import save_file
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
     samples = load_samples(folder / "train.json")
     captions = [sample["conversations"][1]["value"] for sample in samples]
     images = [to_tensor(Image.open(f"{folder}/images/{sample['image']}")) for sample in samples]
-    pixels = (torch.stack(images) - MEAN) / STD
+    pixels = normalize(torch.stack(images), MEAN, STD)
     model = open_clip.CLIP(**CLIP["model_cfg"])
     model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.75)
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
 
     def batch_loss():
-        rows = torch.randint(len(samples), (batch,))
+        rows = torch.randint(len(samples), (64,))
         images = pixels[rows]
         if rng.random() < 0.5:  # no text speaks of left and right
             images = images.flip(-1)
@@ -398,10 +405,10 @@ def train_clip(folder, seed, steps, batch=64):
         image, text, scale = model(images, texts)
         logits = scale * image @ text.T
         same = (texts[:, None] == texts).all(-1).float()
-        same /= same.sum(1)  # a word that many images of a batch share is right for them all
+        same /= same.sum(1, keepdim=True)  # a word that many images share is right for them all
         return (cross_entropy(logits, same) + cross_entropy(logits.T, same)) / 2
 
-    optimize(model, batch_loss, 1.5e-3, steps, "clip", 0)
+    optimize(model, batch_loss, 1.5e-3, steps, "clip")
     (folder / "clip").mkdir()
     (folder / "clip/open_clip_config.json").write_text(json.dumps(CLIP))
     save_file(model.state_dict(), folder / "clip/open_clip_model.safetensors")
@@ -418,29 +425,24 @@ def clip_text(text, rng):
     return rng.choices(parts, [0.15, 0.15, 0.1, 0.1, 0.5])[0]
 
 
-def optimize(model, batch_loss, lr, steps, name, position):
-    """Minimise batch_loss() with AdamW, warmup and cosine decay. position: of the progress bar."""
+def optimize(model, batch_loss, lr, steps, name):
+    """Minimise batch_loss() with AdamW, warmup and cosine decay to 1 % of lr."""
     # fused is much faster where, as in CLIP, most token embeddings never occur
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    bar = tqdm(range(steps), desc=f"train {name}", position=position)
-    for step in bar:
+    for step in tqdm(range(steps), desc=f"train {name}"):
         warmup = min(1, (step + 1) / 40)
-        cosine = 1.02 + cos(pi * step / steps)
+        cosine = 1.02 + cos(pi * step / steps)  # from 2.02 to 0.02
         optimizer.param_groups[0]["lr"] = lr * warmup * cosine / 2.02
         optimizer.zero_grad()
-        loss = batch_loss()
-        loss.backward()
+        batch_loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def export_vision(weights, folder):
     """Write open_clip's ViT as a transformers CLIPVisionModel with the same hidden states."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
     config = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=384,
@@ -474,7 +476,7 @@ def export_vision(weights, folder):
     tower = CLIPVisionModel(config)
     tower.load_state_dict(state)
     tower.save_pretrained(folder)
-    image_processor(SIDE, "square", (MEAN,) * 3, (STD,) * 3).save_pretrained(folder)
+    image_processor(SIDE, "square", MEAN, STD).save_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------- language model
@@ -509,9 +511,6 @@ CHAT = """
 
 def make_tokenizer(corpus):
     """Byte-level BPE in which every word of the corpus, with the space before it, is one token."""
-    from tokenizers import ByteLevelBPETokenizer, processors
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         corpus,
@@ -541,35 +540,31 @@ def document(tokenizer, rng):
     """
     scene = make_scene(rng)
     kind = rng.random()
-    told = description(scene, rng)
-    turns = []  # (what is given, what follows from it)
+    described = description(scene, rng)
+    # Bars enclose the answers
     if kind < 0.25:  # without such lists, yes and no take far longer to learn
-        given = f"{told}seen:"
-        for word in rng.sample(SHOWN, 12):
-            turns.append((f"{given} {word}", " yes" if word in told else " no"))
-            given = ","
-        turns.append(("\n", ""))
+        true = scene_words(scene)
+        words = rng.sample(SHOWN, 12)
+        seen = [f" {word}| {'yes' if word in true else 'no'}|" for word in words]
+        text = f"{described}seen:{','.join(seen)}\n"
     elif kind < 0.4:
-        turns.append((told.rstrip(), f"\n{caption(scene, rng)}\n"))
+        text = f"{described.rstrip()}|\n{caption(scene, rng)}\n|"
     else:
-        for question, answer in questions(scene, rng)[:4]:
-            turns.append((f"USER: {told}{question} ASSISTANT:", f" {answer}</s>"))
-            told = ""
+        asked = questions(scene, rng)
+        turns = [f"{question} ASSISTANT:| {answer}</s>|" for question, answer in asked]
+        text = f"USER: {described}{'USER: '.join(turns)}"
 
-    ids = [tokenizer.bos_token_id]
-    weights = [0.02]
-    for turn in turns:
-        for text, weight in zip(turn, (0.02, 1.0)):
-            tokens = tokenizer(text, add_special_tokens=False).input_ids
-            ids += tokens
-            weights += [weight] * len(tokens)
+    ids = []
+    weights = []
+    for i, part in enumerate(f"<s>{text}".split("|")):
+        tokens = tokenizer(part, add_special_tokens=False).input_ids
+        ids += tokens
+        weights += [1.0 if i % 2 else 0.02] * len(tokens)
     return torch.tensor(ids), torch.tensor(weights)
 
 
-def train_lm(folder, seed, steps, batch=24):
+def train_lm(folder, seed, steps):
     """Next-token training on text about scenes; writes llm/."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
     rng = random.Random(f"{seed} text")
     texts = []
@@ -601,13 +596,13 @@ def train_lm(folder, seed, steps, batch=24):
         attention.o_proj.weight.data.copy_(0.7 * attention.v_proj.weight.T)
 
     def batch_loss():
-        documents = [document(tokenizer, rng) for _ in range(batch)]
+        documents = [document(tokenizer, rng) for _ in range(24)]
         ids, weights = (pad_sequence(rows, batch_first=True) for rows in zip(*documents))
         losses = cross_entropy(model(ids).logits[:, :-1].mT, ids[:, 1:], reduction="none")
         weights = weights[:, 1:]
         return (losses * weights).sum() / weights.sum()
 
-    optimize(model, batch_loss, 2e-3, steps, "lm", 1)
+    optimize(model, batch_loss, 2e-3, steps, "lm")
     model.save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
 
@@ -637,9 +632,9 @@ COMMON = "--image_folder toy/images --workers 0 --prompt ''"
 VARIANTS = {  # flags of stage 1
     "baseline": "--sea_weight 0",
     "SEA": "--labels toy/labels",
-    "SEA_truth": "--labels '{out}/labels_truth'",
-    "SEA_n10": "--labels '{out}/labels_n10'",
-    "SEA_mass0.5": "--labels '{out}/labels_mass0.5'",
+    "SEA_truth": "--labels toy/labels_truth",
+    "SEA_n10": "--labels toy/labels_n10",
+    "SEA_mass0.5": "--labels toy/labels_mass0.5",
 }
 BOTH_STAGES = ("baseline", "SEA", "SEA_truth")
 
@@ -653,22 +648,20 @@ def report(seeds: int = 3, out: Path = Path("out/report")):
     import matplotlib  # noqa: F401
     import sklearn  # noqa: F401  better missed now than after the training
 
-    toy = Path("toy")
-    ensure(toy)
-    label(toy, out / "labels_n10", n=10)
-    label(toy, out / "labels_mass0.5", n=10, mass=0.5)
-    true_labels(toy, out / "labels_truth")
+    ensure()
+    label("labels_n10", n=10)
+    label("labels_mass0.5", n=10, mass=0.5)
+    true_labels()
 
     scripts = {}
     for seed in range(seeds):
         for variant, flags in VARIANTS.items():
             script = PRETRAIN + FINETUNE if variant in BOTH_STAGES else PRETRAIN
             run = out / f"{variant}_{seed}"
-            flags = flags.format(out=out)
             scripts[run] = script.format(seed=seed, run=run, flags=flags, common=COMMON)
     with two_workers() as pool:
-        jobs = pool.map(run_script, scripts, scripts.values())
-        list(tqdm(jobs, total=len(scripts), desc="runs"))
+        finished = pool.map(run_script, scripts, scripts.values())
+        list(tqdm(finished, desc="runs", total=len(scripts)))
     summarize(seeds, out)
 
 
@@ -688,40 +681,33 @@ def run_script(run, script):
             try:
                 import_module(program).main(argv)
             except (Exception, SystemExit) as error:
-                traceback.print_tb(error.__traceback__)
-                print(type(error).__name__, error)
+                traceback.print_exc()
                 end = log.read_text()[-800:]
                 raise UserError(f"{command}\nfailed; the end of {log}:\n{end}") from error
     (run / "done").touch()
 
 
-def true_labels(toy, out):
-    """Make a label store of the toy, then replace CLIP's labels by the true words of each patch."""
-    from labels import LabelStore
-
-    label(toy, out, n=2)
-    truths = iter(json.loads((toy / "truth.json").read_text()).values())  # train's come first
-    for file in LabelStore(out).shards:
-        records = np.load(file)
-        records["ids"] = 65535  # none
-        for record in records:
-            truth = next(truths)
-            for patch, words in (truth["object"] | truth["background"]).items():
-                record["ids"][int(patch), : len(words)] = [WORDS.index(word) for word in words]
-        records["scores"] = records["ids"] < 65535
-        np.save(file, records)
+def true_labels():
+    """Make the label store labels_truth, of the true words of each patch instead of CLIP's."""
+    label("labels_truth", n=2, shard=10**6)  # in one file
+    file = "toy/labels_truth/labels-00000.npy"
+    records = np.load(file)
+    records["ids"] = 65535  # none
+    truths = json.loads(Path("toy/truth.json").read_text())
+    for record, truth in zip(records, truths.values()):  # train's come first
+        for patch, words in (truth["object"] | truth["background"]).items():
+            record["ids"][int(patch), : len(words)] = [WORDS.index(word) for word in words]
+    records["scores"] = records["ids"] < 65535
+    np.save(file, records)
 
 
 def summarize(seeds, out):
     """Print the tables and draw the figures of finished runs."""
-    import eval as evaluation
-    from figures import draw_curves, draw_radar, draw_tsne
 
     def histories(variants, stage):
         runs = {}
         for variant in variants:
-            folders = [f"{out}/{variant}_{seed}/{stage}" for seed in range(seeds)]
-            runs[variant] = [evaluation.history(folder) for folder in folders]
+            runs[variant] = [history(out / f"{variant}_{seed}/{stage}") for seed in range(seeds)]
         return runs
 
     alignment = {
@@ -745,15 +731,16 @@ def summarize(seeds, out):
 
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
-    curves = {"val_tacs": "TACS", "pope f1": "POPE, F1"}
-    draw_curves(histories(BOTH_STAGES, "pretrain"), curves, figures / "pretraining.png")
-    curves = {"val_text all": "language: text-only questions"}
-    draw_curves(finetuned, curves, figures / "language.png")
+    learning = {"val_tacs": "TACS", "pope f1": "POPE, F1"}
+    draw_curves(histories(BOTH_STAGES, "pretrain"), learning, figures / "pretraining.png")
+    language = {"val_text all": "language: text-only questions"}
+    draw_curves(finetuned, language, figures / "language.png")
     draw_radar(scores, figures / "radar.png")
-    runs = {variant: f"{out}/{variant}_0/pretrain" for variant in ("baseline", "SEA")}
-    groups = {variant: evaluation.token_groups(run) for variant, run in runs.items()}
+    baseline = f"{out}/baseline_0/pretrain"
+    sea = f"{out}/SEA_0/pretrain"
+    groups = {"baseline": token_groups(baseline), "SEA": token_groups(sea)}
     draw_tsne(groups, figures / "tsne.png")
-    evaluation.eval_words(runs["SEA"], runs["baseline"], samples=2, out=f"{figures}/words.png")
+    eval_words(sea, baseline, samples=2, out=f"{figures}/words.png")
 
 
 def print_table(runs, measures):
@@ -762,11 +749,11 @@ def print_table(runs, measures):
     runs: {variant: [history of each seed]}, measures: {name: title} -> {variant: {title: mean}}.
     """
     print(f"\n| | {' | '.join(runs)} |\n|---|{'---|' * len(runs)}")
-    means = {variant: {} for variant in runs}
+    means = defaultdict(dict)
     for measure, title in measures.items():
         row = f"| {title} |"
         for variant, histories in runs.items():
-            values = [history[measure][max(history[measure])] for history in histories]
+            values = [seed[measure][max(seed[measure])] for seed in histories]
             means[variant][title] = np.mean(values)
             row += f" {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) |"
         print(row)
