@@ -25,24 +25,23 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import UserError, cli, geometry, load_samples, read_image, run_command
 
-# short name -> open_clip model and its weights
+# short name -> model/weights of open_clip
 ENCODERS = {
-    "clip-l-336": ("ViT-L-14-336-quickgelu", "openai"),
-    "clip-l-224": ("ViT-L-14-quickgelu", "openai"),
-    "siglip-384": ("ViT-SO400M-14-SigLIP-384", "webli"),
+    "clip-l-336": "ViT-L-14-336-quickgelu/openai",
+    "clip-l-224": "ViT-L-14-quickgelu/openai",
+    "siglip-384": "ViT-SO400M-14-SigLIP-384/webli",
 }
 PROMPT = "a photo of a {}."  # PAPER: the prompt around a word is not given; this is CLIP's own
 SURGERY_BLOCKS = 6  # the last blocks, which the path `vv` sums over, as in CLIP Surgery
 
 # Words that name nothing visible: Appendix C keeps "meaningful and attribute" words.
-STOP_WORDS = re.findall(
-    r"\w+",
-    """
+STOP_WORDS = """
     a about above across after again against all along also an and another any are around as at
     away back be because been before behind being below beside between both but by can could did
     do does doing down during each either even every few for from further had has have having he
@@ -52,8 +51,8 @@ STOP_WORDS = re.findall(
     than that the their them then there these they this those though through to together too
     toward towards under until up upon us very was we well were what when where whether which
     while who whose why will with within without would yes yet you your
-    """,
-)
+"""
+
 # ---------------------------------------------------------------------------------------- word list
 
 
@@ -70,16 +69,14 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
     """
     turns = itertools.chain.from_iterable(sample["conversations"] for sample in load_samples(data))
     captions = (turn["value"] for turn in turns if turn["from"] == "gpt")
-    pairs = tqdm(_caption_words(captions, tagger), "reading captions")
-    counts = collections.Counter(itertools.chain.from_iterable(pairs))
+    words_of_captions = tqdm(_caption_words(captions, tagger), "reading captions")
+    counts = collections.Counter(itertools.chain.from_iterable(words_of_captions))
     groups = collections.defaultdict(list)
-    for (word, wanted), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+    for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         reason = "kept"
-        if not wanted:
-            reason = "other parts of speech"
-        elif len(word) == 1:
+        if len(word) == 1:
             reason = "single letters"
-        elif word in STOP_WORDS:
+        elif word in STOP_WORDS.split():
             reason = "stop words"
         elif count < min_count:
             reason = f"rarer than {min_count}"
@@ -98,13 +95,12 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
 
 
 def _caption_words(captions, tagger):
-    """Yield for each caption a list of pairs (word, whether its part of speech is wanted)."""
+    """Yield the list of words of each caption: all, or those whose part of speech is wanted."""
     word = r"[^\W\d_]+(?:-[^\W\d_]+)*"
     if not tagger:
         contraction = r"\w+n['\u2019]t\b|['\u2019](s|re|ve|ll|d|m)\b"  # don't; the 's of dog's
         for caption in captions:
-            text = re.sub(contraction, "", caption.lower())
-            yield [(found, True) for found in re.findall(word, text)]
+            yield re.findall(word, re.sub(contraction, "", caption.lower()))
         return
 
     import spacy
@@ -117,8 +113,8 @@ def _caption_words(captions, tagger):
             "en_core_web_sm"
         ) from e
     for caption in pipeline.pipe(captions, batch_size=1000):
-        tokens = [token for token in caption if re.fullmatch(word, token.lower_)]
-        yield [(token.lower_, token.pos_ in ("NOUN", "ADJ", "VERB")) for token in tokens]
+        wanted = [token.lower_ for token in caption if token.pos_ in ("NOUN", "ADJ", "VERB")]
+        yield [text for text in wanted if re.fullmatch(word, text)]
 
 
 def read_words(file):
@@ -144,37 +140,31 @@ def read_words(file):
 # --------------------------------------------------------------------------------------------- CLIP
 
 
-def load_encoder(name, pretrained="", device="cpu"):
-    """An open_clip model with its .tokenizer and, if it is known, .default_path.
+def load_encoder(name, device="cpu"):
+    """An open_clip model with its .tokenizer, and .default_path for patch_embeddings.
 
-    name: a short name of ENCODERS, a folder with open_clip_config.json and weights, or any
-    open_clip name together with its `pretrained` tag.
+    name: a short name of ENCODERS, a folder with open_clip_config.json and weights, or open_clip's
+    MODEL/WEIGHTS, such as ViT-B-16/laion2b_s34b_b88k.
     """
     import open_clip
 
-    source = name
-    is_folder = Path(name).is_dir()
-    if pretrained and (name in ENCODERS or is_folder):
-        raise UserError(f"--encoder {name} brings its weights; leave out --pretrained")
-    if name in ENCODERS:
-        source, pretrained = ENCODERS[name]
-    elif is_folder:
-        source = f"local-dir:{name}"
-    elif not pretrained:
-        raise UserError(
-            f"--encoder {name}: neither a folder nor one of {', '.join(ENCODERS)}; an open_clip "
-            "name needs its weights too (--pretrained)"
-        )
+    model, _, weights = ENCODERS.get(name, name).partition("/")
+    if Path(name).is_dir():
+        model = f"local-dir:{name}"
+        weights = None
     try:
         encoder = open_clip.create_model(
-            source, pretrained=pretrained or None, device=device, require_pretrained=True
+            model, pretrained=weights, device=device, require_pretrained=True
         )
-        encoder.tokenizer = open_clip.get_tokenizer(source)
+        encoder.tokenizer = open_clip.get_tokenizer(model)
     except (OSError, RuntimeError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"--encoder {name}: cannot be loaded ({reason})") from e
+        raise UserError(
+            f"--encoder {name}: cannot be loaded ({reason}); give {', '.join(ENCODERS)}, a folder, "
+            "or MODEL/WEIGHTS of open_clip"
+        ) from e
     # PAPER: Eq. 8 is about OpenAI's CLIP, read by its last tokens; of other weights nothing is said
-    encoder.default_path = "last" if pretrained == "openai" else ""
+    encoder.default_path = "last" if weights == "openai" else patch_paths(encoder)[0]
     return encoder.eval().requires_grad_(False)
 
 
@@ -198,7 +188,7 @@ def encoder_preprocess(encoder):
 
 
 def patch_paths(encoder):
-    """The ways patch_embeddings can read the patches of this encoder, the default one first.
+    """The ways patch_embeddings can read the patches of this encoder, `value` first if it has it.
 
     UserError if there is none: it is no ViT or, as CoCa, mixes the patches after its last block.
     """
@@ -252,9 +242,8 @@ def _timm_patches(visual, pixels, path):
     """patch_embeddings of a tower of timm, before normalisation."""
     trunk = visual.trunk
     x = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :]
-    if path == "value":  # in parts, as GPU kernels take at most 65,535 sequences
-        alone = x.flatten(0, 1).unsqueeze(1).split(32768)
-        x = torch.cat([trunk.attn_pool(part) for part in alone]).view_as(x)
+    if path == "value":
+        x = torch.stack([trunk.attn_pool(patches.unsqueeze(1)) for patches in x])
     return visual.head(trunk.head(trunk.fc_norm(x)))
 
 
@@ -262,26 +251,26 @@ def _open_clip_patches(visual, pixels, path):
     """patch_embeddings of a tower of open_clip, before normalisation."""
     blocks = visual.transformer.resblocks
     x = visual._embeds(pixels)  # [B, 1 + m, width], the class token first
-    inputs = collections.deque([x], maxlen=SURGERY_BLOCKS)  # of the last blocks
-    for block in blocks[:-1]:
-        inputs.append(block(inputs[-1]))
-
     if path == "vv":
-        x = inputs[0]
-        for block, block_input in zip(blocks[-SURGERY_BLOCKS:], inputs):
-            x = x + _vv_attention(block.attn, block.ln_1(block_input))
+        for block in blocks[:-SURGERY_BLOCKS]:
+            x = block(x)
+        tokens = x
+        for block in blocks[-SURGERY_BLOCKS:]:
+            tokens = tokens + _vv_attention(block.attn, block.ln_1(x))
+            x = block(x)
     else:
+        for block in blocks[:-1]:
+            x = block(x)
         itself = x.new_full((x.shape[1], x.shape[1]), -torch.inf).fill_diagonal_(0)
-        x = blocks[-1](inputs[-1], attn_mask=itself if path == "value" else None)
-    return visual.ln_post(x)[:, 1:] @ visual.proj
+        tokens = blocks[-1](x, attn_mask=itself if path == "value" else None)
+    return visual.ln_post(tokens)[:, 1:] @ visual.proj
 
 
 def _vv_attention(attention, x):
     """Self-attention with the values in place of queries and keys: [B, 1 + m, width] -> same."""
-    weight = attention.in_proj_weight.chunk(3)[2]
-    bias = attention.in_proj_bias.chunk(3)[2]
-    v = F.linear(x, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-    return attention.out_proj(F.scaled_dot_product_attention(v, v, v).transpose(1, 2).flatten(2))
+    names = ("in_proj_weight", "in_proj_bias")  # of query, key and value together
+    vvv = {name: torch.cat([getattr(attention, name).chunk(3)[2]] * 3) for name in names}
+    return functional_call(attention, vvv, (x, x, x), dict(need_weights=False))[0]
 
 
 @torch.no_grad()
@@ -314,20 +303,18 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
     patches = sign * patch_embeds
     ids = torch.full((len(patches), n), -1, device=patches.device)
     scores = torch.zeros_like(ids, dtype=torch.float64)
-    found = min(n, len(word_embeds))
+    k = min(n, len(word_embeds))
 
     bf16_is_fast = patches.is_cuda or torch.cpu._is_avx512_bf16_supported()
     unsure = torch.arange(len(patches), device=ids.device)
     for dtype in [torch.bfloat16, torch.float32] if bf16_is_fast else [torch.float32]:
-        ids[unsure, :found], scores[unsure, :found], bound = _search(
-            patches[unsure], word_embeds, n, dtype
-        )
-        unsure = unsure[bound >= scores[unsure, found - 1].clamp(min=min_score)]
+        ids[unsure, :k], scores[unsure, :k], bound = _search(patches[unsure], word_embeds, n, dtype)
+        unsure = unsure[bound >= scores[unsure, k - 1].clamp(min=min_score)]
         if len(unsure) == 0:
             break
 
     for i in unsure:
-        ids[i, :found], scores[i, :found] = _sort(patches[i], word_embeds, n)
+        ids[i, :k], scores[i, :k] = _sort(patches[i], word_embeds, n)
 
     too_low = scores <= min_score
     return ids.masked_fill(too_low, -1), scores.float().masked_fill(too_low, 0)
@@ -339,20 +326,20 @@ def _use_full_precision():
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def _search(patches, words, n, dtype, patch_block=4096, word_block=16384):
+def _search(patches, word_embeds, n, dtype, patch_block=4096, word_block=16384):
     """The n best of each patch's candidates: the 4n + 24 words of largest products in `dtype`.
 
     -> ids [P, n], float64 scores [P, n], descending, and a bound [P] for the score of other words.
     """
-    k = min(4 * n + 24, len(words))
+    k = min(4 * n + 24, len(word_embeds))
     # Without the mean word the order is the same, but words are shorter, and so are their roundings
-    mean_word = words.mean(0)
+    mean_word = word_embeds.mean(0)
     rounded_patches = patches.to(dtype)
     products = rounded_patches.new_full((len(patches), k), -torch.inf)
     candidates = torch.zeros_like(products, dtype=torch.int64)
     word_norm = 0.0
-    for start in range(0, len(words), word_block):
-        centred = words[start : start + word_block] - mean_word
+    for start in range(0, len(word_embeds), word_block):
+        centred = word_embeds[start : start + word_block] - mean_word
         word_norm = max(word_norm, centred.norm(dim=1).max().item())
         for first in range(0, len(patches), patch_block):
             rows = slice(first, first + patch_block)
@@ -365,13 +352,14 @@ def _search(patches, words, n, dtype, patch_block=4096, word_block=16384):
     candidates = candidates.sort()[0]  # so that a stable sort leaves the lower id first
     block = 512 if patches.is_cuda else 8
     scores = [
-        (words[ids].double() * some.double().unsqueeze(1)).sum(-1)
+        (word_embeds[ids].double() * some.double().unsqueeze(1)).sum(-1)
         for some, ids in zip(patches.split(block), candidates.split(block))
     ]
     scores, order = torch.cat(scores).sort(descending=True, stable=True)
     ids = candidates.gather(1, order)
 
-    # Another word's product is not above the last candidate's. Its score can be, by these terms:
+    # No other word has a larger product than the last candidate. By how much its exact score can
+    # be above its product: the mean word's share and what each rounding took away.
     last_product = products.amin(1).double()
     norms = patches.double().norm(dim=1) * word_norm
     eps = torch.finfo(dtype).eps
@@ -380,7 +368,7 @@ def _search(patches, words, n, dtype, patch_block=4096, word_block=16384):
     rounded_factors = norms * (eps + eps**2)  # each number of patch and word by eps / 2 of itself
     rounded_sum = norms * patches.shape[1] * 2**-22  # d additions in float32
     bound = last_product + mean_score + rounded_product + rounded_factors + rounded_sum
-    if k == len(words):
+    if k == len(word_embeds):
         bound.fill_(-torch.inf)  # there is no other word
     return ids[:, :n], scores[:, :n], bound
 
@@ -388,20 +376,21 @@ def _search(patches, words, n, dtype, patch_block=4096, word_block=16384):
 def _largest(products, k):
     """The k largest of each row (all, if there are fewer) -> values and columns [P, k], unordered.
 
-    They are in the k groups of columns with the largest maxima: looking for those first is faster.
+    Columns are taken in groups of 32. The k largest are in the k groups of largest maxima, so that
+    topk, which is slow on long rows, sees one number of each group and then these groups alone.
     """
-    size = math.gcd(products.shape[1], 32)  # 32 but for the last block of words
-    starts = torch.arange(0, products.shape[1], products.shape[1] // size, device=products.device)
-    maxima = products.unflatten(1, (size, -1)).amax(1)
-    groups = maxima.topk(min(k, maxima.shape[1]), sorted=False)[1]
-    columns = (starts[:, None] + groups[:, None]).flatten(1)
+    size = math.gcd(products.shape[1], 32)  # less than 32 only in the last block of words
+    grouped = products.unflatten(1, (size, -1))
+    columns_of = torch.arange(products.shape[1], device=products.device).view(size, -1).T
+    groups = grouped.amax(1).topk(min(k, len(columns_of)), sorted=False)[1]
+    columns = columns_of[groups].flatten(1)
     values, order = products.gather(1, columns).topk(min(k, columns.shape[1]), sorted=False)
     return values, columns.gather(1, order)
 
 
-def _sort(patch, words, n):
+def _sort(patch, word_embeds, n):
     """The n best words of one patch [d] by a stable sort of all float64 scores -> ids, scores."""
-    scores = torch.cat([part.double() @ patch.double() for part in words.split(4096)])
+    scores = torch.cat([part.double() @ patch.double() for part in word_embeds.split(4096)])
     scores, ids = scores.sort(descending=True, stable=True)
     return ids[:n], scores[:n]
 
@@ -422,8 +411,8 @@ class LabelStore:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.meta, self.shards = _read_meta(self.folder)
-        done = sum(len(_load(file)) for file in self.shards if file.exists())
+        self.meta, self.files = _read_meta(self.folder)
+        done = sum(len(_load(file)) for file in self.files if file.exists())
         if done < len(self):
             raise UserError(
                 f"{folder}: only {done} of {len(self)} images are labelled; run the same labels.py "
@@ -438,7 +427,7 @@ class LabelStore:
 
     def record(self, i):
         """What the file says of image i: a numpy record with ids, scores and crc."""
-        return _load(self.shards[i // self.meta["shard"]])[i % self.meta["shard"]]
+        return _load(self.files[i // self.meta["shard"]])[i % self.meta["shard"]]
 
     def __getitem__(self, i):
         record = self.record(i)
@@ -455,17 +444,7 @@ class LabelStore:
             mode=preprocess["mode"],
             grid=list(grid),
         )
-        _refuse_difference(self.folder, self.meta, run)
-
-
-def _refuse_difference(folder, made, asked):
-    """UserError that names the first field of `asked` in which the store was made otherwise."""
-    for field, value in asked.items():
-        if made.get(field) != value and field not in ("data", "image_folder"):  # these may move
-            raise UserError(
-                f"{folder}: made with {field} = {made.get(field)}, this run has {field} = {value}; "
-                "run labels.py extract for this data and encoder with another --out"
-            )
+        _read_meta(self.folder, run)
 
 
 def digest(texts):
@@ -492,7 +471,7 @@ def record_type(q, m, n):
 def _read_meta(folder, asked=None):
     """meta.json of a store -> its fields, and the files of labels that belong to it.
 
-    UserError if it is damaged, or the store was made with other settings than those `asked` for.
+    UserError if it is damaged, or names the first field of `asked` in which it was made otherwise.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -502,7 +481,12 @@ def _read_meta(folder, asked=None):
             f"{folder}: no label store, or a damaged one ({e!r}); make one with labels.py "
             "extract and another --out"
         ) from e
-    _refuse_difference(folder, meta, asked or {})
+    for field, value in (asked or {}).items():
+        if meta.get(field) != value and field not in ("data", "image_folder"):  # these may move
+            raise UserError(
+                f"{folder}: made with {field} = {meta.get(field)}, this run has {field} = {value}; "
+                "run labels.py extract for this data and encoder with another --out"
+            )
     return meta, [folder / f"labels-{k:05}.npy" for k in range(shards)]
 
 
@@ -521,7 +505,10 @@ def _write(file, content):
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     with open(part, "wb") as f:
-        f.write(content.encode()) if isinstance(content, str) else np.save(f, content)
+        if isinstance(content, str):
+            f.write(content.encode())
+        else:
+            np.save(f, content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, file)
@@ -536,7 +523,6 @@ def extract(
     words: str,
     out: str,
     encoder: str = "clip-l-336",
-    pretrained: str = "",
     path: Literal["", "last", "value", "vv"] = "",
     sign: Literal[0, -1, 1] = 0,
     prompt: str = PROMPT,
@@ -551,45 +537,42 @@ def extract(
 ):
     """Label the images of a data file and write the store `out`; an interrupted run continues.
 
-    encoder: clip-l-336, clip-l-224, siglip-384, a folder, or an open_clip name with `pretrained`.
-    path: how patches are read; by default `last` for OpenAI's weights, as in the paper, unless they
-    come as a folder, and `value` for everything else. sign: by default -1 for `last`, 1 for the
-    rest. center: subtract the mean word from all words. n: labels per patch, at most. mass: if
-    below 1, keep the first labels that hold this share of the probability among the n. shard:
-    images per file, the most work an interruption can lose. dtype: by default bfloat16 on a GPU.
+    encoder: clip-l-336, clip-l-224, siglip-384, a folder, or MODEL/WEIGHTS of open_clip. path: how
+    patches are read; by default `last` for OpenAI's weights, as in the paper, unless they come as a
+    folder, and `value` for everything else. sign: by default -1 for `last`, 1 for the rest. center:
+    subtract the mean word from all words. n: labels per patch, at most. mass: if below 1, keep the
+    first labels that hold this share of the probability among the n. shard: images per file, the
+    most work an interruption can lose. dtype: by default bfloat16 on a GPU.
     """
     settings = dict(locals())
     _check_flags(**settings)
-    _use_full_precision()
+    _use_full_precision()  # for the first batch too, whichever batch a restarted run begins with
 
     rank = int(os.environ.get("RANK", 0))  # both set by torchrun
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     samples = load_samples(data)
     words = read_words(words)
-    clip = load_encoder(encoder, pretrained, _rank_device())
+    clip = load_encoder(encoder, _rank_device())
     meta = _resolve(settings, samples, words, clip)
 
     folder = Path(out)
     if rank == 0:
-        _start_store(folder, meta, words)
-    word_embeds = _stored_word_embeddings(folder, meta, words, clip, rank)
+        _start_store(folder, meta, words, clip)
+    while not (folder / "words.npy").exists():
+        time.sleep(0.2)
     _, files = _read_meta(folder, meta)
 
     # Which shards are this rank's must not depend on what the others have done
     shards = torch.arange(len(samples)).split(shard)
     missing = [k for k in range(rank, len(files), ranks) if not files[k].exists()]
     batches = [batch.tolist() for k in missing for batch in shards[k].split(batch_size)]
-    found = _label(clip, word_embeds, samples, batches, meta, workers)
-    found = iter(tqdm(found, f"labelling (rank 0 of {ranks})", len(batches), disable=rank > 0))
+    labelled = _label(folder, meta, clip, samples, batches, workers)
+    progress = tqdm(labelled, f"labelling (rank 0 of {ranks})", len(batches), disable=rank > 0)
+    images = itertools.chain.from_iterable(zip(*batch) for batch in progress)
+    record = record_type(len(words), math.prod(meta["grid"]), n)
     for k in missing:
-        records = []
-        for ids, scores, crcs in itertools.islice(found, math.ceil(len(shards[k]) / batch_size)):
-            batch = np.zeros(len(ids), record_type(len(words), *ids.shape[1:]))
-            batch["ids"] = ids.cpu()  # as uint16, -1 becomes 65535
-            batch["scores"] = scores.cpu()
-            batch["crc"] = crcs
-            records.append(batch)
-        _write(files[k], np.concatenate(records))
+        records = list(itertools.islice(images, len(shards[k])))
+        _write(files[k], np.array(records, record))  # in uint16, -1 becomes 65535
 
 
 def _check_flags(image_folder, prompt, n, min_score, mass, batch_size, shard, **_):
@@ -621,7 +604,7 @@ def _resolve(settings, samples, words, clip):
         if os.path.exists(meta[flag]):
             meta[flag] = os.path.realpath(meta[flag])
 
-    meta["path"] = meta["path"] or clip.default_path or patch_paths(clip)[0]
+    meta["path"] = meta["path"] or clip.default_path
     blank = clip.logit_scale.new_zeros(1, 3, meta["size"], meta["size"])
     side = math.isqrt(patch_embeddings(clip, blank, meta["path"]).shape[1])
     meta |= dict(
@@ -636,29 +619,20 @@ def _resolve(settings, samples, words, clip):
     return json.loads(json.dumps(meta))  # as it will be read again
 
 
-def _start_store(folder, meta, words):
-    """Describe a new store, or continue one of the same settings."""
-    file = folder / "meta.json"
-    if file.exists():
+def _start_store(folder, meta, words, clip):
+    """Describe a new store and embed its words, or continue one of the same settings."""
+    if (folder / "meta.json").exists():
         _read_meta(folder, meta)
     elif any(folder.glob("*.npy")):
         raise UserError(
             f"{folder}: holds files of unknown settings (no meta.json); choose another --out"
         )
     _write(folder / "words.txt", "\n".join(words) + "\n")
-    _write(file, json.dumps(meta, indent=1))
-
-
-def _stored_word_embeddings(folder, meta, words, clip, rank=0):
-    """The embeddings of the words [q, d], from words.npy, which rank 0 makes if it is missing."""
-    file = folder / "words.npy"
-    if rank == 0 and not file.exists():
+    _write(folder / "meta.json", json.dumps(meta, indent=1))
+    if not (folder / "words.npy").exists():
         with _autocast(clip, meta):
-            _write(file, word_embeddings(clip, words, meta["prompt"]).cpu().numpy())
-    while not file.exists():
-        time.sleep(0.2)
-    embeds = torch.tensor(_load(file), device=clip.logit_scale.device)
-    return F.normalize(embeds - embeds.mean(0), dim=-1) if meta["center"] else embeds
+            word_embeds = word_embeddings(clip, words, meta["prompt"])
+        _write(folder / "words.npy", word_embeds.cpu().numpy())
 
 
 def _autocast(clip, meta):
@@ -667,18 +641,13 @@ def _autocast(clip, meta):
     return torch.autocast(device, torch.bfloat16, enabled=meta["dtype"] == "bfloat16")
 
 
-def _load_images(samples, meta):
-    """The pixels [B, 3, S, S] of the images of samples and the CRCs of their files."""
-    folder = Path(meta["image_folder"])
-    images, crcs = zip(*(read_image(folder / sample["image"]) for sample in samples))
-    preprocess = {key: meta[key] for key in ("size", "mode", "mean", "std")}
-    return torch.stack([geometry(image, **preprocess) for image in images]), crcs
-
-
-def _label(clip, word_embeds, samples, batches, meta, workers=0):
-    """Eq. 6 and 8 with the settings of a store: yield for each batch, a list of rows of samples,
-    ids and scores [B, m, n] and the CRCs of the B image files."""
-    load = functools.partial(_load_images, meta=meta)
+def _label(folder, meta, clip, samples, batches, workers=0):
+    """Eq. 6 and 8 with the settings and words of a store: yield for each batch, a list of rows of
+    samples, the arrays ids and scores [B, m, n] and the CRCs of the B image files."""
+    word_embeds = torch.tensor(_load(folder / "words.npy"), device=clip.logit_scale.device)
+    if meta["center"]:
+        word_embeds = F.normalize(word_embeds - word_embeds.mean(0), dim=-1)
+    load = functools.partial(_load_images, meta)
     loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=load)
     for pixels, crcs in loader:
         with _autocast(clip, meta):
@@ -690,8 +659,17 @@ def _label(clip, word_embeds, samples, batches, meta, workers=0):
         )
         if meta["mass"] < 1:
             ids, scores = most_likely(ids, scores, meta["mass"], clip.logit_scale.exp())
-        shape = patches.shape[:2]
-        yield ids.unflatten(0, shape), scores.unflatten(0, shape), crcs
+        of_images = patches.shape[:2]
+        ids = ids.unflatten(0, of_images).cpu().numpy()
+        yield ids, scores.unflatten(0, of_images).cpu().numpy(), crcs
+
+
+def _load_images(meta, samples):
+    """The pixels [B, 3, S, S] of the images of samples and the CRCs of their files."""
+    folder = Path(meta["image_folder"])
+    images, crcs = zip(*(read_image(folder / sample["image"]) for sample in samples))
+    preprocess = {key: meta[key] for key in ("size", "mode", "mean", "std")}
+    return torch.stack([geometry(image, **preprocess) for image in images]), crcs
 
 
 def most_likely(ids, scores, mass, scale):
@@ -701,7 +679,7 @@ def most_likely(ids, scores, mass, scale):
     ids, scores [P, n] as nearest_words returns them -> the same, the other labels cleared.
     """
     logits = (scale * scores).masked_fill(ids < 0, -torch.inf)
-    probability = torch.softmax(logits, dim=-1).nan_to_num()  # nan: a patch without labels
+    probability = torch.softmax(logits, dim=-1)
     held_before = probability.cumsum(-1) - probability
     cleared = held_before >= mass
     return ids.masked_fill(cleared, -1), scores.masked_fill(cleared, 0)
@@ -730,7 +708,7 @@ def show(
     store = LabelStore(labels)
     meta = store.meta
     samples = load_samples(data or meta["data"])
-    _refuse_difference(store.folder, meta, dict(manifest=_manifest(samples)))
+    _read_meta(store.folder, dict(manifest=_manifest(samples)))
     meta["image_folder"] = image_folder or meta["image_folder"]
     rows = range(0, len(store), math.ceil(len(store) / max(1, sample)))
     ids, scores = map(torch.stack, zip(*(store[i] for i in rows)))
@@ -748,8 +726,10 @@ def show(
 
     if truth:
         print("share of patches whose top word is true")
-        _print_true_share("these labels", truth, top_words)
-        _try_paths(store, samples, rows, truth)
+        for name, found in [("these labels", ids), *_try_paths(store, samples, rows)]:
+            shares = true_share(truth, _top_words(samples, rows, store.words, found))
+            shares = [f"{kind} {share:.3f}" for kind, share in shares.items()]
+            print(f"{name:>16}: {', '.join(shares)}")
 
 
 def _top_words(samples, rows, words, ids):
@@ -787,25 +767,15 @@ def _print_statistics(store, ids, scores, top_words):
         )
 
 
-def _try_paths(store, samples, rows, truth):
-    """Print which share of the top words would be true by each path and sign of the encoder."""
-    meta = store.meta
-    clip = load_encoder(meta["encoder"], meta["pretrained"], _rank_device())
-    _refuse_difference(store.folder, meta, dict(weights=weights_crc(clip)))
-    word_embeds = _stored_word_embeddings(store.folder, meta, store.words, clip)
+def _try_paths(store, samples, rows):
+    """Yield (name, ids [images, m, 1]) for each path and sign that the encoder has."""
+    clip = load_encoder(store.meta["encoder"], _rank_device())
+    _read_meta(store.folder, dict(weights=weights_crc(clip)))
     batches = np.array_split(rows, math.ceil(len(rows) / 32))
     for path, sign in itertools.product(patch_paths(clip), (1, -1)):
-        trial = meta | dict(path=path, sign=sign, n=1, min_score=0.0, mass=1.0)
-        found = _label(clip, word_embeds, samples, batches, trial)
-        ids = torch.cat([ids for ids, _, _ in found])
-        top_words = _top_words(samples, rows, store.words, ids)
-        _print_true_share(f"{path}, sign {sign:+}", truth, top_words)
-
-
-def _print_true_share(name, truth, top_words):
-    """One line: name, and the share of each kind of patch."""
-    shares = true_share(truth, top_words)
-    print(f"{name:>16}: " + ", ".join(f"{kind} {share:.3f}" for kind, share in shares.items()))
+        trial = store.meta | dict(path=path, sign=sign, n=1, min_score=0.0, mass=1.0)
+        labelled = _label(store.folder, trial, clip, samples, batches)
+        yield f"{path}, sign {sign:+}", np.concatenate([ids for ids, _, _ in labelled])
 
 
 def true_share(truth, words_of):
