@@ -6,7 +6,6 @@
     python eval.py pope    --model out/finetune --data pope/ --image_folder val2014
     python eval.py vqa     --model out/finetune --data questions.json --image_folder images
     python eval.py chat    --model out/finetune --image photo.jpg
-    python eval.py export  --model out/finetune/checkpoints/step_1000 --out step_1000
     python eval.py figures --model out/toy --baseline out/toy_baseline      Figures 2, 3 and 5
 
 --model takes the --out_dir of a training run, its model/, one of its checkpoints, or any Hugging
@@ -17,13 +16,13 @@ eval.jsonl, which `figures` reads. Dimensions as in loss.py.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import re
 import string
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +43,8 @@ from data import (
     run_command,
 )
 from figures import draw_curves, draw_radar, draw_tsne, draw_words, history, step_in
-from labels import nearest_words, read_words, true_share
-from model import SEAModel, find_model, full_state, load_model, save_llava
+from labels import read_words, true_share
+from model import find_model, load_model
 
 # --------------------------------------------------------------------------------------- measures
 
@@ -63,18 +62,16 @@ def tacs(x_v, x_t, k=10):
 
 def modality_gap(x_v, word_features):
     """D (Eq. 5): mean distance of visual tokens to their nearest word. [P, D], [q, D] -> scalar."""
-    nearest = torch.tensor(torch.inf, device=x_v.device)
-    for words in word_features.split(4096):  # [P, q] distances at once would not fit in memory
-        nearest = nearest.minimum(torch.cdist(x_v.float(), words.float()).amin(1))
-    return nearest.mean()
+    parts = word_features.split(4096)  # [P, q] distances at once would not fit in memory
+    nearest = torch.stack([torch.cdist(x_v.float(), words.float()).amin(1) for words in parts])
+    return nearest.amin(0).mean()
 
 
 def nearest_word(x_v, word_features):
     """Index of the word closest in cosine to each visual token (Eq. 4). [P, D], [q, D] -> [P]."""
-    x_v = F.normalize(x_v.float())
-    word_features = F.normalize(word_features.float())
-    ids, _ = nearest_words(x_v, word_features, n=1, sign=1, min_score=-2.0)
-    return ids[:, 0]
+    words = F.normalize(word_features.float())
+    parts = x_v.float().split(1024)  # [P, q] cosines at once would not fit in memory
+    return torch.cat([(F.normalize(part) @ words.T).argmax(1) for part in parts])
 
 
 @torch.no_grad()
@@ -104,26 +101,17 @@ def to_device(batch, device):
 # ------------------------------------------------------------------------------- what is measured
 
 
-class Run(NamedTuple):
-    """A model to be measured, and the training run it belongs to, if it belongs to one."""
-
-    model: SEAModel
-    folder: Path | None  # the run's --out_dir
-    config: dict  # its config.json
-    step: int | None
-
-
-def open_run(path):
-    """Load the model of an out_dir, its model/, a checkpoint, or any Llava model. -> Run"""
-    on_gpu = torch.cuda.is_available()
-    model = load_model(path, torch.bfloat16 if on_gpu else torch.float32)
-    return Run(model.to("cuda" if on_gpu else "cpu"), *find_run(path))
+def open_model(path):
+    """The SEAModel of an out_dir, its model/, a checkpoint, or any Llava model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return load_model(path, dtype).to(device)
 
 
 def find_run(path):
     """-> folder, config and step of a model's training run; None, {}, None for other models."""
     found = find_model(path).resolve()
-    for folder in found.parents[:3]:
+    for folder in found.parents:
         if (folder / "metrics.jsonl").is_file():
             config = json.loads((folder / "config.json").read_text())
             last_step = read_json_lines(folder / "metrics.jsonl")[-1]["step"]
@@ -131,20 +119,19 @@ def find_run(path):
     return None, {}, None
 
 
-def save_result(run, result):
+def save_result(path, result):
     """Print a result and append it, with the step, to the run's eval.jsonl, if there is a run."""
     print(json.dumps(result))
-    if run.folder:
-        with open(run.folder / "eval.jsonl", "a") as f:
-            f.write(json.dumps({"step": run.step} | result) + "\n")
+    folder, _, step = find_run(path)
+    if folder:
+        with open(folder / "eval.jsonl", "a") as f:
+            f.write(json.dumps({"step": step} | result) + "\n")
     return result
 
 
-def open_captions(path, data, image_folder, samples):
-    """-> Run, LlavaDataset of the first `samples` captions of `data`, by default the run's own."""
-    run = open_run(path)
-    model = run.model
-    config = run.config
+def find_captions(path, data, image_folder):
+    """-> data and image_folder, by default those of the run: held out, or else trained on."""
+    _, config, _ = find_run(path)
     if not data and config.get("stage") == "pretrain":  # stage 2's data are no captions
         data = config["val_data"] or config["data"]
         if not config["val_data"]:
@@ -152,16 +139,21 @@ def open_captions(path, data, image_folder, samples):
     image_folder = image_folder or config.get("val_image_folder") or config.get("image_folder")
     if not data or not image_folder:
         raise UserError(f"{path}: its run has no captions: give --data and --image_folder")
-    if samples < 1:
-        raise UserError("--samples must be at least 1")
+    return data, image_folder
+
+
+def open_captions(path, data, image_folder, samples):
+    """-> the SEAModel of a path, and a LlavaDataset of the first `samples` of find_captions."""
+    data, image_folder = find_captions(path, data, image_folder)
     captions = list(itertools.islice(load_samples(data), samples))
-    return run, LlavaDataset(
+    model = open_model(path)
+    return model, LlavaDataset(
         captions, image_folder, model.preprocess, model.tokenizer, model.image_tokens
     )
 
 
 @torch.no_grad()
-def visual_tokens(model, dataset):
+def encode_images(model, dataset):
     """X_v (Eq. 1) of all images: [images * m, D]."""
     x_v = []
     for i in tqdm(range(len(dataset)), "encoding images"):
@@ -169,15 +161,20 @@ def visual_tokens(model, dataset):
     return torch.cat(x_v)
 
 
-@torch.no_grad()
-def open_words(run, file):
-    """-> words, word_features [q, D] of a word list, by default that of the run's labels."""
-    if not file and not run.config.get("labels"):
+def find_words(path, file):
+    """The words of a file, by default those of the run's labels."""
+    _, config, _ = find_run(path)
+    if not file and not config.get("labels"):
         raise UserError("the run of --model has no labels: give --words, a file with a word a line")
-    words = read_words(file or Path(run.config["labels"]) / "words.txt")
-    run.model.set_words(words)
-    parts = torch.arange(len(words)).split(8192)
-    return words, torch.cat([run.model.word_features(ids) for ids in parts])
+    return read_words(file or Path(config["labels"]) / "words.txt")
+
+
+@torch.no_grad()
+def encode_words(model, words):
+    """Ψ(w) (Eq. 10) of all words: [q, D]."""
+    model.set_words(words)
+    parts = torch.arange(len(words)).split(8192)  # their tokens at once might not fit in memory
+    return torch.cat([model.word_features(ids) for ids in parts])
 
 
 # ------------------------------------------------------------------------------ commands: alignment
@@ -185,18 +182,19 @@ def open_words(run, file):
 
 def eval_tacs(model: str, data: str = "", image_folder: str = "", samples: int = 100):
     """Mean TACS and caption loss of image-caption pairs: the first `samples` of `data`."""
-    run, captions = open_captions(model, data, image_folder, samples)
-    score, pairs, loss, tokens = alignment_sums(run.model, captions, run.model.device)
-    return save_result(run, dict(tacs=score / pairs, caption_loss=loss / tokens, pairs=int(pairs)))
+    sea, captions = open_captions(model, data, image_folder, samples)
+    score, pairs, loss, tokens = alignment_sums(sea, captions, sea.device)
+    result = dict(tacs=score / pairs, caption_loss=loss / tokens, pairs=int(pairs))
+    return save_result(model, result)
 
 
 def eval_gap(
     model: str, words: str = "", data: str = "", image_folder: str = "", samples: int = 100
 ):
     """D of Eq. 5, the norms it depends on (of visual tokens and words), and D of unit vectors."""
-    run, captions = open_captions(model, data, image_folder, samples)
-    x_v = visual_tokens(run.model, captions)
-    _, features = open_words(run, words)
+    sea, captions = open_captions(model, data, image_folder, samples)
+    x_v = encode_images(sea, captions)
+    features = encode_words(sea, find_words(model, words))
 
     result = dict(
         D=modality_gap(x_v, features),
@@ -204,7 +202,7 @@ def eval_gap(
         word_norm=features.norm(dim=1).mean(),
         D_of_unit_vectors=modality_gap(F.normalize(x_v), F.normalize(features)),
     )
-    return save_result(run, {name: value.item() for name, value in result.items()})
+    return save_result(model, {name: value.item() for name, value in result.items()})
 
 
 def eval_words(
@@ -220,36 +218,36 @@ def eval_words(
 ):
     """Nearest word of every visual token, as in Figure 1a: the shares of the most frequent words.
 
-    truth: a truth.json, for the share of true words. out: a picture of `images` images, each as it
-    is, with the words of the baseline, and with those of the model.
+    words, data and image_folder are by default those of --model, for the baseline too. truth: a
+    truth.json, for the share of true words. out: a picture of `images` images, each as it is, with
+    the words of the baseline, and with those of the model.
     """
-    columns = []  # of the picture: the words of each image's patches
-    files = []
+    word_list = find_words(model, words)
+    data, image_folder = find_captions(model, data, image_folder)
+    words_of_runs = []  # of each run, for each image, the words of its patches
     for path in filter(None, (baseline, model)):
-        run, captions = open_captions(path, data, image_folder, samples)
-        others = files
-        files = [sample["image"] for sample in captions.samples]
-        if others not in ([], files):
-            raise UserError("--baseline and --model have other images by default: give --data")
-        word_list, features = open_words(run, words)
-        nearest = nearest_word(visual_tokens(run.model, captions), features)
-        names = np.array(word_list)[nearest.cpu()]
-        columns.append(names.reshape(len(captions), -1).tolist())
+        sea, captions = open_captions(path, data, image_folder, samples)
+        nearest = nearest_word(encode_images(sea, captions), encode_words(sea, word_list))
+        found = np.array(word_list)[nearest.cpu()].reshape(len(captions), -1).tolist()
+        words_of_runs.append(found)
 
-        shares = {w: round(n / len(names), 3) for w, n in collections.Counter(names).most_common(8)}
+        counts = collections.Counter(itertools.chain(*found))
+        shares = {word: round(n / counts.total(), 3) for word, n in counts.most_common(8)}
         result = {"words": shares}
         if truth:
-            result["true"] = true_share(truth, dict(zip(files, columns[-1])))
+            files = [sample["image"] for sample in captions.samples]
+            result["true"] = true_share(truth, dict(zip(files, found)))
         print(path)
-        save_result(run, result)
+        save_result(path, result)
 
-    mean, std = (torch.tensor(run.model.preprocess[k])[:, None, None] for k in ("mean", "std"))
+    unscaled = sea.preprocess | {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    captions = dataclasses.replace(captions, preprocess=unscaled)
     pictures = []
     for i in range(min(images, len(captions))):
-        pixels = captions[i]["pixels"] * std + mean
+        pixels = captions[i]["pixels"]
         pictures.append((pixels, []))
-        pictures += [(pixels, column[i]) for column in columns]
-    draw_words(pictures, run.model.grid, 1 + len(columns), out)
+        pictures += [(pixels, found[i]) for found in words_of_runs]
+    draw_words(pictures, sea.grid, 1 + len(words_of_runs), out)
     return result
 
 
@@ -306,7 +304,7 @@ def pope_metrics(answers, truths):
 
 
 def normalize(text):
-    """An answer as it is compared: lower case, no punctuation, articles or extra spaces."""
+    """An answer without what does not count: upper case, punctuation, articles, extra spaces."""
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
@@ -342,18 +340,18 @@ def eval_pope(
     """
     files = sorted(Path(data).glob("*.json*")) or [Path(data)]
     rows_of = {file.stem: read_pope(file) for file in files}
-    run = open_run(model)
+    sea = open_model(model)
     result = {}
     for name, rows in rows_of.items():
         asked = [question_sample(f"{row['text']}\n{prompt}".strip(), row["image"]) for row in rows]
-        answers = answer(run.model, asked, image_folder, batch_size, workers=workers)
+        answers = answer(sea, asked, image_folder, batch_size, workers=workers)
         said_yes = [says_yes(text) for text in answers]
         result[name] = pope_metrics(said_yes, [row["label"] == "yes" for row in rows])
 
     mean = {}
     for metric in result[name]:
         mean[metric] = np.mean([metrics[metric] for metrics in result.values()])
-    return save_result(run, {"pope": mean | result})
+    return save_result(model, {"pope": mean | result})
 
 
 def read_pope(file):
@@ -364,8 +362,7 @@ def read_pope(file):
         )
     rows = read_json_lines(file)
     for number, row in enumerate(rows, 1):
-        has_fields = isinstance(row, dict) and {"image", "text", "label"} <= row.keys()
-        if not has_fields or row["label"] not in ("yes", "no"):
+        if not isinstance(row, dict) or row.get("label") not in ("yes", "no"):
             raise UserError(
                 f'{file}, line {number}: not a question of POPE, which has "image", "text" and '
                 '"label", yes or no'
@@ -381,19 +378,17 @@ def eval_vqa(
     workers: int = 4,
     prompt: str = SHORT,
     max_new_tokens: int = 16,
-    name: str = "",
     out: str = "",
 ):
     """Exact match: the share of questions that get the answer written in the data.
 
     data: samples in LLaVA's format; the first question of each is asked. Its answer is one of the
     "choices" if the sample has that list, and these are shown with letters. A file without images
-    measures language alone. name: of the result, by default data's. out: a .jsonl file of the
-    questions with their answers.
+    measures language alone. out: a .jsonl file of the questions with their answers.
     """
     questions = [vqa_question(sample, prompt) for sample in load_samples(data, captions=False)]
-    run = open_run(model)
-    answers = answer(run.model, questions, image_folder, batch_size, max_new_tokens, workers)
+    sea = open_model(model)
+    answers = answer(sea, questions, image_folder, batch_size, max_new_tokens, workers)
 
     scores = collections.defaultdict(list)
     for question, text in zip(questions, answers):
@@ -411,7 +406,7 @@ def eval_vqa(
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text("".join(json.dumps(question) + "\n" for question in questions))
     shares = {kind: np.mean(rights) for kind, rights in sorted(scores.items())}
-    return save_result(run, {name or Path(data).stem: shares})
+    return save_result(model, {Path(data).stem: shares})
 
 
 def vqa_question(sample, prompt):
@@ -434,7 +429,7 @@ def vqa_question(sample, prompt):
 
 def chat(model: str, image: str = "", max_new_tokens: int = 512):
     """Ask about an image, or about nothing: one question a line, an empty line or Ctrl-D ends."""
-    sea = open_run(model).model
+    sea = open_model(model)
     streamer = TextStreamer(sea.tokenizer, skip_prompt=True, skip_special_tokens=True)
     turns = []
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -446,18 +441,10 @@ def chat(model: str, image: str = "", max_new_tokens: int = 512):
     return turns
 
 
-def export(model: str, out: str):
-    """Write a model, such as a checkpoint of stage 2, as a Llava folder that other tools read."""
-    sea = open_run(model).model
-    Path(out).mkdir(parents=True, exist_ok=True)
-    save_llava(sea, Path(out), full_state(sea), sea.llava.dtype)
-    print(f"wrote {out}")
-
-
 # -------------------------------------------------------------------------------- commands: figures
 
-# The measures that figures show: TACS, and one score of each benchmark, such as "mmlu all". The
-# shares of eval_words ("true all") are none.
+# Names of the measures that figures show: TACS, and one score of each benchmark ("mmlu all"), but
+# no shares of words ("true all").
 SCORES = r"(val_)?tacs|pope f1|(?!words |true ).* all"
 
 
@@ -482,17 +469,16 @@ def figures(
         folder, config, _ = find_run(path)
         if not folder:
             raise UserError(f"{path}: not of a training run, whose metrics.jsonl can be drawn")
-        runs[kind] = history(folder)
+        runs[kind] = [history(folder)]
         if data or config["stage"] == "pretrain":
             groups[kind] = token_groups(path, data, image_folder, samples)
     if groups:
         draw_tsne(groups, f"{out}/tsne.png")
 
-    measures = [name for name in runs["SEA"] if re.fullmatch(SCORES, name)]
-    seeds = {kind: [run] for kind, run in runs.items()}
-    draw_curves(seeds, dict(zip(measures, measures)), f"{out}/curves.png")
+    measures = {name: name for name in runs["SEA"][0] if re.fullmatch(SCORES, name)}
+    draw_curves(runs, measures, f"{out}/curves.png")
     scores = {}
-    for kind, run in runs.items():
+    for kind, [run] in runs.items():
         names = [name for name in measures if name in run and "tacs" not in name]
         scores[kind] = {name: run[name][max(run[name])] for name in names}
     draw_radar(scores, f"{out}/radar.png")
@@ -501,15 +487,15 @@ def figures(
 @torch.no_grad()
 def token_groups(path, data="", image_folder="", samples=100):
     """The tokens of Figure 2, each [N, D]: of images, of their captions, and all of the LLM's."""
-    run, captions = open_captions(path, data, image_folder, samples)
+    sea, captions = open_captions(path, data, image_folder, samples)
     texts = [sample["conversations"][1]["value"] for sample in captions.samples]
-    caption_ids = run.model.tokenizer(texts, add_special_tokens=False).input_ids
-    text_ids = torch.tensor(list(itertools.chain(*caption_ids))).unique()
-    all_ids = torch.arange(run.model.vocabulary_size)
+    caption_ids = sea.tokenizer(texts, add_special_tokens=False).input_ids
+    text_ids = torch.tensor(sum(caption_ids, [])).unique()
+    embeddings = sea.embed_tokens(torch.arange(sea.vocabulary_size, device=sea.device))
     return {
-        "visual tokens": visual_tokens(run.model, captions),
-        "LLM's embeddings": run.model.embed_tokens(all_ids.to(run.model.device)),
-        "text tokens": run.model.embed_tokens(text_ids.to(run.model.device)),
+        "visual tokens": encode_images(sea, captions),
+        "LLM's embeddings": embeddings,
+        "text tokens": embeddings[text_ids],
     }
 
 
@@ -521,7 +507,6 @@ def main(argv=None):
         "pope": eval_pope,
         "vqa": eval_vqa,
         "chat": chat,
-        "export": export,
         "figures": figures,
     }
     return run_command(__doc__, commands, argv)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-import torch.distributed.checkpoint as dcp
 from PIL import Image
 
 import eval as evaluation
@@ -324,48 +323,15 @@ def finetuned(finetune_flags, tmp_path_factory):
     return out
 
 
-def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned, tmp_path):
-    evaluation.main(
-        ["export", "--model", f"{finetuned}/checkpoints/step_3", "--out", f"{tmp_path}/llava"]
-    )
-    models = [
-        load_model(path)
-        for path in (
-            finetuned / "checkpoints/step_6",
-            finetuned / "checkpoints/step_3",
-            finetuned / "model",
-            tmp_path / "llava",
-        )
-    ]
-    assert [model.preprocess["mode"] for model in models] == ["pad"] * 4
-    last, early, exported, early_exported = (model.state_dict() for model in models)
-    for name, w in early_exported.items():
-        assert name == "log_scale" or torch.allclose(
-            w[: len(early[name])], early[name], atol=1e-6
-        ), name
-    moved = 0
+def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned):
+    folders = ("checkpoints/step_6", "checkpoints/step_3", "model")
+    models = [load_model(finetuned / folder) for folder in folders]
+    assert [model.preprocess["mode"] for model in models] == ["pad"] * 3
+    last, early, exported = (model.state_dict() for model in models)
     for name, w in last.items():
-        other = exported[name][: len(w)]  # the exported embeddings have rows for <image>
-        if name != "log_scale":
-            assert torch.allclose(w, other, atol=1e-6), name
-        moved += not torch.equal(w, early[name])
-    assert moved > 20
-
-
-def test_a_checkpoint_of_stage_2_whose_start_is_another_or_gone_is_refused(finetuned, tmp_path):
-    state = json.loads((finetuned / "checkpoints/step_3/state.json").read_text())
-    dcp.save(
-        {"model": {"llm.extra": torch.zeros(2)}}, checkpoint_id=tmp_path / "step_3", no_dist=True
-    )
-    for init, error in (
-        (state["config"]["init"], "no .model.llm.extra"),
-        (f"{tmp_path}/gone", "gone: no adapter"),
-    ):
-        (tmp_path / "step_3/state.json").write_text(
-            json.dumps({"config": {"init": init, "image_mode": ""}})
-        )
-        with pytest.raises(UserError, match=f"step_3: .*{error}"):
-            load_model(tmp_path / "step_3")
+        assert name == "log_scale" or torch.equal(w, exported[name]), name
+    moved = [name for name, w in last.items() if not torch.equal(w, early[name])]
+    assert len(moved) > 20
 
 
 def test_batches_answer_as_one_by_one(finetuned, world):
@@ -509,9 +475,7 @@ def test_vqa_scores_each_kind_of_question(finetuned, world, tmp_path):
         "--data",
         f"{tmp_path}/q.json",
     ]
-    result = evaluation.main(
-        ["vqa", *flags, "--out", f"{tmp_path}/new/said.jsonl", "--name", "mine"]
-    )["mine"]
+    result = evaluation.main(["vqa", *flags, "--out", f"{tmp_path}/new/said.jsonl"])["q"]
     log = [json.loads(line) for line in (tmp_path / "new/said.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in log[:2]] == said and log[0]["question"] == texts[0]
     assert (
@@ -573,13 +537,19 @@ def test_chat_streams_what_generate_says_and_remembers(finetuned, world, monkeyp
     assert [turn["value"] for turn in turns[::2]] == ["red?", "the wall?"]
 
 
-def test_words_of_two_runs_on_other_images_are_not_compared(run, world, tmp_path):
+def test_words_of_two_runs_are_those_of_the_same_images(run, world, tmp_path, monkeypatch):
+    """The run's own, also for a baseline that held out others or has no word list."""
     other = shutil.copytree(run, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     samples = json.loads((world / "train.json").read_text())[::-1]
     (tmp_path / "reversed.json").write_text(json.dumps(samples))
-    config["val_data"] = str(tmp_path / "reversed.json")
+    config |= {"val_data": str(tmp_path / "reversed.json"), "labels": ""}
     (other / "config.json").write_text(json.dumps(config))
-    flags = ["words", "--model", str(run), "--baseline", str(other), "--samples", "3"]
-    with pytest.raises(UserError, match="have other images by default: give --data"):
-        evaluation.main([*flags, "--out", f"{tmp_path}/w.png"])
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_words", lambda pictures, *args: drawn.append(pictures))
+    for baseline in (run, other):
+        flags = ["--model", str(run), "--baseline", str(baseline), "--samples", "3"]
+        evaluation.main(["words", *flags])
+    for picture, same in zip(*drawn):
+        assert torch.equal(picture[0], same[0]) and picture[1] == same[1]
+    assert len(drawn[0]) == len(drawn[1]) == 2 * 3

@@ -247,15 +247,16 @@ def test_figures_are_drawn_from_what_runs_left(flags, world, tmp_path, capsys, d
     for kind, folder in folders.items():
         more = without_sea if kind == "baseline" else []
         train.main([*flags, "--out_dir", str(folder), "--save_every", "3", "--keep", "0", *more])
-    shutil.copy(world / "train.json", tmp_path / "q.json")
-    data = ["--data", f"{tmp_path}/q.json", "--image_folder", f"{world}/images"]
-    data += ["--max_new_tokens", "2", "--workers", "0"]
+    for name in "abc":
+        shutil.copy(world / "train.json", tmp_path / f"{name}.json")
+    data = ["--image_folder", f"{world}/images", "--max_new_tokens", "2", "--workers", "0"]
     scores = {kind: [] for kind in folders}
     for kind, folder in folders.items():
         for step in (3, 6):
             checkpoint = ["--model", f"{folder}/checkpoints/step_{step}"]
             for name in "abc":
-                result = evaluation.main(["vqa", *checkpoint, *data, "--name", name])
+                file = f"{tmp_path}/{name}.json"
+                result = evaluation.main(["vqa", *checkpoint, *data, "--data", file])
             scores[kind].append(result["c"]["all"])
 
     for score, folder in zip((0.25, 0.75), folders.values()):
