@@ -55,8 +55,8 @@ def sea_loss(
     """
     shape = (len(label_ids), grid[0] * grid[1])
     if not shape == visual_tokens.shape[:2] == label_ids.shape[:2]:
-        found = f"{tuple(visual_tokens.shape)} and {tuple(label_ids.shape)}"
-        raise ValueError(f"visual tokens and labels must be {shape} patches, not {found}")
+        found = f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)}"
+        raise ValueError(f"{found} must both be [B, {grid[0]} x {grid[1]}, ...]")
     patches, labels, priority = sample_pairs(label_ids, label_scores, grid, window, generator)
     x = visual_tokens.flatten(0, 1)[patches.to(visual_tokens.device)]  # (S, D), S = B * windows
     is_own = torch.ones_like(labels, dtype=torch.bool)

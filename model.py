@@ -7,12 +7,10 @@ Generating, tied weights, and the format of a saved folder are transformers' own
 
 import contextlib
 import copy
-import json
 import math
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
@@ -146,20 +144,16 @@ class SEAModel(nn.Module):
     def visual_tokens(self, pixels):
         """X_v = g_θ(f(X_image)) (Eq. 1): pixels [images, 3, S, S] -> [images, m, D].
 
-        f is the tower's second-to-last layer without the class token, as in LLaVA.
+        f is the output of the tower's second-to-last layer without the class token, as in LLaVA.
         """
         if not len(pixels):
             # A batch of text only. A black image keeps the adapter in the graph: ranks whose
             # adapter got no gradient would leave the others waiting for it.
             size = self.preprocess["size"]
             pixels = torch.zeros(1, 3, size, size, device=self.device)
-        return self.adapter(self.vision_features(pixels))
-
-    def vision_features(self, pixels):
-        """f(X_image): pixels [images, 3, S, S] -> [images, m, d_vision]."""
         pixels = pixels.to(self.vision_tower.dtype)
-        hidden = self.vision_tower(pixels, output_hidden_states=True).hidden_states
-        return hidden[self.llava.config.vision_feature_layer][:, -self.image_tokens :]
+        hidden = self.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+        return self.adapter(hidden[:, -self.image_tokens :])
 
     def set_words(self, words):
         """Say which words the label ids stand for."""
@@ -231,14 +225,11 @@ class SEAModel(nn.Module):
 # ----------------------------------------------------------------------------- from parts
 
 
-TOWERS = ["clip_vision_model", "siglip_vision_model", "dinov2"]  # model_type of their configs
-# Settings of LLMs that change the logits after the LM head, and the value that changes nothing.
-LOGIT_CHANGES = {
-    "final_logit_softcapping": None,
-    "logits_scaling": 1.0,
-    "logit_scale": 1.0,
-    "lm_head_multiplier": 1.0,
-}
+# Vision towers by the model_type of their config. Of a tower with a class token Llava drops the
+# first token ("default"), otherwise none ("full").
+TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full", "dinov2": "default"}
+# Settings of LLMs that change the logits after the LM head, unless they are None or 1.
+LOGIT_CHANGES = "final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"
 
 
 def new_model(vision, llm, dtype=torch.float32, tau=1.0, meta=False):
@@ -270,7 +261,7 @@ def assemble(tower, llm, tokenizer, image_size):
         image_token_index=image_token_id,
         image_seq_length=(image_size // tower.config.patch_size) ** 2,
         vision_feature_layer=-2,
-        vision_feature_select_strategy=select_strategy(tower.config),
+        vision_feature_select_strategy=TOWERS[tower.config.model_type],
         tie_word_embeddings=llm.config.tie_word_embeddings,
         architectures=["LlavaForConditionalGeneration"],
     )
@@ -291,8 +282,8 @@ def assemble(tower, llm, tokenizer, image_size):
 def refuse_llm(llm):
     """Raise UserError if transformers' Llava would not compute what this LLM computes."""
     misfit = f"--llm: {type(llm).__name__} does not fit into transformers' Llava, which"
-    for name, neutral in LOGIT_CHANGES.items():
-        if getattr(llm.config, name, neutral) != neutral:
+    for name in LOGIT_CHANGES:
+        if getattr(llm.config, name, None) not in (None, 1):
             raise UserError(f"{misfit} leaves out {name}, by which it changes its logits")
     modules = [name for name, _ in llm.named_children()]
     is_usual = modules == ["model", "lm_head"] and hasattr(llm.model, "embed_tokens")
@@ -302,13 +293,7 @@ def refuse_llm(llm):
 
 def embedding_scale(llm):
     """The factor by which the LLM's embedding layer multiplies its rows: √D in Gemma, else 1."""
-    layer = llm.get_input_embeddings()
-    return float(getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0)))
-
-
-def select_strategy(tower_config):
-    """Llava's word for whether the first token is a class token, to be dropped ("default")."""
-    return "full" if tower_config.model_type == "siglip_vision_model" else "default"
+    return getattr(llm.get_input_embeddings(), "scalar_embed_scale", 1.0)
 
 
 def generation_config(llm, tokenizer, suppress_tokens):
@@ -330,7 +315,8 @@ def load_vision(name, dtype, meta=False):
         config = AutoConfig.from_pretrained(name)
         config = getattr(config, "vision_config", config)  # of a whole CLIP, text tower and all
         if config.model_type not in TOWERS:
-            raise UserError(f"{name}: a {config.model_type}, not a vision tower of {TOWERS}")
+            known = ", ".join(TOWERS)
+            raise UserError(f"{name}: a {config.model_type}, not a vision tower of {known}")
         return load_weights(AutoModel, name, config, dtype, meta)
 
 
@@ -347,8 +333,7 @@ def load_llm(name, dtype, meta=False):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         config = AutoConfig.from_pretrained(name, **kwargs)
         llm = load_weights(AutoModelForCausalLM, name, config, dtype, meta, **kwargs)
-    if kwargs and not meta:  # the weights are dequantized, but transformers would not save them
-        llm.hf_quantizer = None
+    if kwargs and not meta:  # the weights were dequantized
         del llm.config.quantization_config
     return llm, tokenizer
 
@@ -383,16 +368,10 @@ def load_weights(auto_class, name, config, dtype, meta=False, **kwargs):
 
 
 def load_model(path, dtype=torch.float32):
-    """A SEAModel from any of these:
-
-    the out_dir of a training run, its model/ or a checkpoint of either stage, a Llava folder, or
-    the name of a Llava model on the hub.
-    """
+    """The SEAModel of a run (its out_dir, model/ or a checkpoint), a Llava folder or hub name."""
     folder = find_model(path)
     if (folder / "adapter.safetensors").is_file():
         return load_adapter(folder, dtype)
-    if (folder / "state.json").is_file():
-        return load_finetune_checkpoint(folder, dtype)
     return load_llava(str(folder), dtype)
 
 
@@ -404,10 +383,10 @@ def find_model(path):
     path = Path(path)
     if not path.parent.exists():
         return path
-    signs = ("adapter.safetensors", "processor_config.json", "state.json")
     for folder in (path, path / "model", *newest_checkpoints(path)[:1]):
-        if any((folder / name).is_file() for name in signs):
-            return folder
+        for file in ("adapter.safetensors", "processor_config.json"):
+            if (folder / file).is_file():
+                return folder
     raise UserError(
         f"{path}: no adapter.safetensors and no Llava model here, in model/ or in "
         "checkpoints/step_N/; give the --out_dir of a training run or a Llava folder"
@@ -446,26 +425,6 @@ def load_adapter(folder, dtype):
     return model
 
 
-def load_finetune_checkpoint(folder, dtype):
-    """The model of a checkpoint of stage 2: what its run started from, and the weights since."""
-    config = json.loads((folder / "state.json").read_text())["config"]
-    try:
-        model = load_model(config["init"], dtype)
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        own = {f"model.{name}": w for name, w in model.state_dict().items()}
-        trained = {name: own[name] for name in saved if name.startswith("model.")}
-        dcp.load(trained, checkpoint_id=folder)
-    except UserError as e:
-        raise UserError(f"{folder}: {e}") from e
-    except KeyError as e:
-        raise UserError(f"{folder}: its run began with another --init; this one has no {e}") from e
-    except (dcp.CheckpointException, OSError) as e:
-        raise UserError(f"{folder}: truncated or corrupt; use another checkpoint") from e
-    if config["image_mode"]:
-        model.preprocess["mode"] = config["image_mode"]
-    return model
-
-
 def load_llava(name, dtype=torch.float32):
     """The model of a Llava folder or hub name, such as save_llava writes."""
     with loading(name):
@@ -478,12 +437,12 @@ def load_llava(name, dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(name)
     readable = {
         "vision_feature_layer": -2,
-        "vision_feature_select_strategy": select_strategy(config.vision_config),
+        "vision_feature_select_strategy": TOWERS.get(config.vision_config.model_type),
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
     }
     found = {field: getattr(config, field) for field in readable}
-    if found != readable or config.vision_config.model_type not in TOWERS:
+    if found != readable:
         raise UserError(
             f"{name}: a Llava model with a {config.vision_config.model_type} and {found}; it must "
             f"have one of {', '.join(TOWERS)} and {readable}"

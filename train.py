@@ -8,8 +8,9 @@
     python train.py --stage finetune --world_size 8 --dry_run         its cost; nothing is loaded
 
 Every flag is a field of TrainConfig. A run leaves in --out_dir: config.json, metrics.jsonl (a line
-per logged step), checkpoints/step_N/ (all that --resume needs) and at the end model/: the adapter
-after stage 1, a Hugging Face Llava folder after stage 2 or with --export.
+per logged step; the last one counts if --resume has repeated a step), checkpoints/step_N/ (all that
+--resume needs, and the model) and at the end model/. The model is the adapter in stage 1, a Hugging
+Face Llava folder in stage 2 or with --export.
 """
 
 import argparse
@@ -312,14 +313,16 @@ def main(argv=None):
     run = Run(cfg, device, dtype, model, parallel_model, optimizer, schedule)
     first_step = load_checkpoint(run) if cfg.resume else 0
 
-    log = open_log(run, first_step)  # None but on rank 0
+    log = open_log(cfg)  # None but on rank 0
     if log:
         sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-        print(json.dumps(dataclasses.asdict(cfg)))
+        print(cfg)
         print(f"{len(train_set):,} samples, {steps:,} steps of {cfg.global_batch()}")
         print(f"{sum(sizes):,} trained parameters -> {cfg.out_dir}")
     train(run, train_set, val_set, first_step, steps, log)
-    save_result(run)
+    save_model(run, Path(cfg.out_dir, "model"))
+    if log:
+        print(f"wrote {cfg.out_dir}/model")
     if log and cfg.stage == "pretrain":
         print(f"Look at its visual tokens: python eval.py words --model {cfg.out_dir}")
         if cfg.preset == "toy":
@@ -586,21 +589,14 @@ def build_optimizer(cfg, model, steps):
 # ----------------------------------------------------------------------------- files
 
 
-def open_log(run, first_step):
-    """Write config.json and open metrics.jsonl, on rank 0.
-
-    Lines after first_step are of steps that no checkpoint holds: they are removed.
-    """
+def open_log(cfg):
+    """Write config.json and open metrics.jsonl, on rank 0."""
     if rank() != 0:
         return None
-    out_dir = Path(run.cfg.out_dir)
+    out_dir = Path(cfg.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(run.cfg), indent=1))
-    file = out_dir / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if first_step else []
-    whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-    file.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
-    return file.open("a", buffering=1)
+    (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    return open(out_dir / "metrics.jsonl", "a", buffering=1)
 
 
 def training_state(run):
@@ -620,15 +616,12 @@ def save_checkpoint(run, step):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     barrier()
-    adapter = adapter_state(run.model)
+    save_model(run, unfinished)
     dcp.save(training_state(run), checkpoint_id=unfinished)
     barrier()
     if rank() == 0:
-        if run.cfg.stage == "pretrain":  # for eval.py
-            save_adapter(unfinished, adapter, run.model.parts)
-        config = dataclasses.asdict(run.cfg)
         schedule = run.schedule.state_dict()
-        state = dict(step=step, schedule=schedule, config=config, world=world_size())
+        state = dict(step=step, schedule=schedule, settings=fixed_settings(run.cfg))
         (unfinished / "state.json").write_text(json.dumps(state))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
@@ -638,19 +631,22 @@ def save_checkpoint(run, step):
     barrier()
 
 
+def fixed_settings(cfg):
+    """{name: value} of what --resume must not change."""
+    settings = dataclasses.asdict(cfg) | {"batch_size x grad_accum x ranks": cfg.global_batch()}
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE_ON_RESUME}
+
+
 def load_checkpoint(run):
     """Restore the newest checkpoint, of any number of ranks -> the number of steps done."""
     folder = next(iter(newest_checkpoints(run.cfg.out_dir)), None)
     if not folder:
         raise UserError(f"{run.cfg.out_dir}: no checkpoint to resume from")
     saved = json.loads((folder / "state.json").read_text())
-    old = saved["config"]
-    new = dataclasses.asdict(run.cfg)
-    old["grad_accum x ranks"] = old["grad_accum"] * saved["world"]
-    new["grad_accum x ranks"] = new["grad_accum"] * world_size()
-    for name in sorted(new.keys() - MAY_CHANGE_ON_RESUME):
-        if old.get(name) != new[name]:
-            raise UserError(f"--resume: {name} is {new[name]}, but {old.get(name)} in {folder}")
+    for name, value in fixed_settings(run.cfg).items():
+        old = saved["settings"].get(name)
+        if old != value:
+            raise UserError(f"--resume: {name} is {value}, but {old} in {folder}")
     state = training_state(run)
     try:
         dcp.load(state, checkpoint_id=folder)
@@ -661,20 +657,17 @@ def load_checkpoint(run):
     return saved["step"]
 
 
-def save_result(run):
-    """Write out_dir/model: the adapter of stage 1, a Llava folder of stage 2 or with --export."""
-    folder = Path(run.cfg.out_dir) / "model"
+def save_model(run, folder):
+    """Write the adapter of stage 1; in stage 2, and with --export, a Llava folder."""
     is_pretrain = run.cfg.stage == "pretrain"
-    is_exported = run.cfg.export or not is_pretrain
     adapter = adapter_state(run.model)
-    state = full_state(run.model) if is_exported else None
+    state = full_state(run.model) if run.cfg.export or not is_pretrain else None
     if rank() == 0:
         folder.mkdir(exist_ok=True)
         if is_pretrain:
             save_adapter(folder, adapter, run.model.parts)
-        if is_exported:
+        if state:
             save_llava(run.model, folder, state, run.dtype)
-        print(f"wrote {folder}")
 
 
 if __name__ == "__main__":

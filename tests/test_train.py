@@ -16,8 +16,10 @@ TIMING = {"positions_per_s", "samples_per_s"}
 
 
 def metrics(out):
+    """The last line of each step: a resumed run logs the steps after its checkpoint again."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+    steps = {line["step"]: line for line in lines}
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in steps.values()]
 
 
 def weights(out):
