@@ -170,19 +170,22 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
     chat, stage 2: the tokenizer's chat template. Answers and the tokens that end them are trained.
     Ids beyond max_length are cut off. An image that the cut would split is dropped whole.
     """
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if chat:
-        ids, is_trained = _encode_chat(sample, tokenizer)
+        ids, is_trained = _encode_chat(sample, tokenizer, image_tokens)
     else:
-        ids = tokenizer(IMAGE_TOKEN + sample["conversations"][1]["value"] + "\n")["input_ids"]
-        before = ids.index(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) + 1
+        caption = sample["conversations"][1]["value"]
+        ids = tokenizer(IMAGE_TOKEN * image_tokens + caption + "\n")["input_ids"]
+        before = ids.index(image_token_id) + image_tokens
         is_trained = [0] * before + [1] * (len(ids) - before)
-    ids, is_trained, start = _expand_image(ids, is_trained, tokenizer, image_tokens)
-    if start is not None:
-        if image_tokens + (0 if chat else start) >= max_length:
+
+    if image_token_id in ids:
+        if max_length <= image_tokens + 1:
             raise UserError(
                 f"max_length {max_length} leaves no room for text beside {image_tokens} image "
                 "tokens"
             )
+        start = ids.index(image_token_id)
         if start < max_length < start + image_tokens:
             max_length = start
     ids = torch.tensor(ids[:max_length])
@@ -195,13 +198,13 @@ def encode_prompt(sample, tokenizer, image_tokens):
 
     They are the ids that stand before this answer in training.
     """
-    ids, is_trained = _encode_chat(sample, tokenizer, add_generation_prompt=True)
-    return torch.tensor(_expand_image(ids, is_trained, tokenizer, image_tokens)[0])
+    ids, _ = _encode_chat(sample, tokenizer, image_tokens, add_generation_prompt=True)
+    return torch.tensor(ids)
 
 
-def _encode_chat(sample, tokenizer, add_generation_prompt=False):
-    """-> ids and is_trained, lists of equal length; an image is still one <image>."""
-    messages = chat_messages(sample)
+def _encode_chat(sample, tokenizer, image_tokens, add_generation_prompt=False):
+    """-> ids and is_trained, lists of equal length."""
+    messages = chat_messages(sample, image_tokens)
     encoded = tokenizer.apply_chat_template(
         messages,
         return_dict=True,
@@ -221,35 +224,26 @@ def _encode_chat(sample, tokenizer, add_generation_prompt=False):
     return bos + encoded["input_ids"], [0] * len(bos) + is_trained
 
 
-def _expand_image(ids, is_trained, tokenizer, image_tokens):
-    """Repeat <image>, once for each visual token -> ids, is_trained, its place or None."""
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if image_token_id not in ids:
-        return ids, is_trained, None
-    start = ids.index(image_token_id)
-    ids = ids[:start] + [image_token_id] * image_tokens + ids[start + 1 :]
-    is_trained = is_trained[:start] + [0] * image_tokens + is_trained[start + 1 :]
-    return ids, is_trained, start
-
-
-def chat_messages(sample):
-    """LLaVA's turns -> the messages of a chat template.
+def chat_messages(sample, image_tokens=1):
+    """LLaVA's turns -> the messages of a chat template, with <image> image_tokens times.
 
     As in LLaVA the image comes first in its turn, and in the first one if no turn names it. An
     answer before the first question is dropped.
     """
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = []
+    users = []
     for turn in sample["conversations"]:
-        role = roles[turn["from"]]
-        if role != "assistant" or any(message["role"] == "user" for message in messages):
-            messages.append({"role": role, "content": turn["value"].strip()})
+        message = {"role": roles[turn["from"]], "content": turn["value"].strip()}
+        if message["role"] == "user":
+            users.append(message)
+        if message["role"] != "assistant" or users:
+            messages.append(message)
     if image_of(sample):
-        users = [message for message in messages if message["role"] == "user"]
         marked = [message for message in users if IMAGE_TOKEN in message["content"]]
         message = (marked or users)[0]
         text = message["content"].replace(IMAGE_TOKEN, "").strip()
-        message["content"] = f"{IMAGE_TOKEN}\n{text}".strip()
+        message["content"] = f"{IMAGE_TOKEN * image_tokens}\n{text}".strip()
     return messages
 
 

@@ -222,7 +222,7 @@ def test_truncation_never_cuts_an_image(tokenizers, name):
     message = "max_length 9 leaves no room for text beside 9 image tokens"
     with pytest.raises(UserError, match=message):
         encode_conversation(sample, tokenizer, 9, 9, chat=True)
-    for length in range(10, len(whole) + 2):
+    for length in range(11, len(whole) + 2):
         ids, cut = encode_conversation(sample, tokenizer, 9, length, chat=True)
         n = at if at < length < at + 9 else min(length, len(whole))
         assert ids.tolist() == whole[:n].tolist() and cut.tolist() == labels[:n].tolist()
