@@ -163,7 +163,8 @@ def load_encoder(name, device="cpu"):
             f"--encoder {name}: cannot be loaded ({reason}); give {', '.join(ENCODERS)}, a folder, "
             "or MODEL/WEIGHTS of open_clip"
         ) from e
-    # PAPER: Eq. 8 is about OpenAI's CLIP, read by its last tokens; of other weights nothing is said
+    # PAPER: Eq. 8 is about OpenAI's CLIP, read by its last tokens; of other weights nothing is
+    # said, so these are read by `value`, or by the only path they have.
     encoder.default_path = "last" if weights == "openai" else patch_paths(encoder)[0]
     return encoder.eval().requires_grad_(False)
 
@@ -188,7 +189,7 @@ def encoder_preprocess(encoder):
 
 
 def patch_paths(encoder):
-    """The ways patch_embeddings can read the patches of this encoder, `value` first if it has it.
+    """The ways patch_embeddings can read the patches of this encoder.
 
     UserError if there is none: it is no ViT or, as CoCa, mixes the patches after its last block.
     """
@@ -350,7 +351,7 @@ def _search(patches, word_embeds, n, dtype, patch_block=4096, word_block=16384):
             candidates[rows] = columns.gather(1, order)
 
     candidates = candidates.sort()[0]  # so that a stable sort leaves the lower id first
-    block = 512 if patches.is_cuda else 8
+    block = 512 if patches.is_cuda else 8  # few launches, or what the CPU's cache holds
     scores = [
         (word_embeds[ids].double() * some.double().unsqueeze(1)).sum(-1)
         for some, ids in zip(patches.split(block), candidates.split(block))
@@ -358,8 +359,8 @@ def _search(patches, word_embeds, n, dtype, patch_block=4096, word_block=16384):
     scores, order = torch.cat(scores).sort(descending=True, stable=True)
     ids = candidates.gather(1, order)
 
-    # No other word has a larger product than the last candidate. By how much its exact score can
-    # be above its product: the mean word's share and what each rounding took away.
+    # The product of any other word is at most the last candidate's. Its exact score has the mean
+    # word's part in addition, and at most what each rounding took away.
     last_product = products.amin(1).double()
     norms = patches.double().norm(dim=1) * word_norm
     eps = torch.finfo(dtype).eps
@@ -438,13 +439,13 @@ class LabelStore:
 
     def check(self, samples, preprocess, grid):
         """Refuse other samples, another geometry of their images, or another grid of patches."""
-        run = dict(
+        _read_meta(
+            self.folder,
             manifest=_manifest(samples),
             size=preprocess["size"],
             mode=preprocess["mode"],
             grid=list(grid),
         )
-        _read_meta(self.folder, run)
 
 
 def digest(texts):
@@ -468,10 +469,10 @@ def record_type(q, m, n):
     )
 
 
-def _read_meta(folder, asked=None):
+def _read_meta(folder, **asked):
     """meta.json of a store -> its fields, and the files of labels that belong to it.
 
-    UserError if it is damaged, or names the first field of `asked` in which it was made otherwise.
+    UserError if it is damaged, or if a field is not as `asked`; the error names the field.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -481,7 +482,7 @@ def _read_meta(folder, asked=None):
             f"{folder}: no label store, or a damaged one ({e!r}); make one with labels.py "
             "extract and another --out"
         ) from e
-    for field, value in (asked or {}).items():
+    for field, value in asked.items():
         if meta.get(field) != value and field not in ("data", "image_folder"):  # these may move
             raise UserError(
                 f"{folder}: made with {field} = {meta.get(field)}, this run has {field} = {value}; "
@@ -546,7 +547,7 @@ def extract(
     """
     settings = dict(locals())
     _check_flags(**settings)
-    _use_full_precision()  # for the first batch too, whichever batch a restarted run begins with
+    _use_full_precision()  # nearest_words does it too, but after the encoder's first batch
 
     rank = int(os.environ.get("RANK", 0))  # both set by torchrun
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -560,7 +561,7 @@ def extract(
         _start_store(folder, meta, words, clip)
     while not (folder / "words.npy").exists():
         time.sleep(0.2)
-    _, files = _read_meta(folder, meta)
+    _, files = _read_meta(folder, **meta)
 
     # Which shards are this rank's must not depend on what the others have done
     shards = torch.arange(len(samples)).split(shard)
@@ -568,14 +569,14 @@ def extract(
     batches = [batch.tolist() for k in missing for batch in shards[k].split(batch_size)]
     labelled = _label(folder, meta, clip, samples, batches, workers)
     progress = tqdm(labelled, f"labelling (rank 0 of {ranks})", len(batches), disable=rank > 0)
-    images = itertools.chain.from_iterable(zip(*batch) for batch in progress)
+    labelled_images = itertools.chain.from_iterable(zip(*batch) for batch in progress)
     record = record_type(len(words), math.prod(meta["grid"]), n)
     for k in missing:
-        records = list(itertools.islice(images, len(shards[k])))
+        records = list(itertools.islice(labelled_images, len(shards[k])))
         _write(files[k], np.array(records, record))  # in uint16, -1 becomes 65535
 
 
-def _check_flags(image_folder, prompt, n, min_score, mass, batch_size, shard, **_):
+def _check_flags(prompt, n, min_score, mass, batch_size, shard, **_):
     """Refuse at once what would fail late, or not at all."""
     if not min_score >= 0 or not 0 < mass <= 1 or min(n, batch_size, shard) < 1:
         raise UserError(
@@ -584,8 +585,6 @@ def _check_flags(image_folder, prompt, n, min_score, mass, batch_size, shard, **
         )
     if "{}" not in prompt:
         raise UserError(f"--prompt {prompt!r} has no {{}} for the word")
-    if not Path(image_folder).is_dir():
-        raise UserError(f"--image_folder {image_folder}: no such folder")
 
 
 def _rank_device():
@@ -622,7 +621,7 @@ def _resolve(settings, samples, words, clip):
 def _start_store(folder, meta, words, clip):
     """Describe a new store and embed its words, or continue one of the same settings."""
     if (folder / "meta.json").exists():
-        _read_meta(folder, meta)
+        _read_meta(folder, **meta)
     elif any(folder.glob("*.npy")):
         raise UserError(
             f"{folder}: holds files of unknown settings (no meta.json); choose another --out"
@@ -695,22 +694,21 @@ def show(
     truth: str = "",
     data: str = "",
     image_folder: str = "",
-    sample: int = 500,
 ):
-    """Print statistics of the labels and draw images beside the top words of their patches.
+    """Print statistics of the labels of 500 images, and draw some beside their patches' top words.
 
-    images: how many to draw. sample: how many in the statistics. truth: a JSON file of true words,
-    as toy.py writes it: print which share of the top words is true, of these labels and of each
-    path and sign that the encoder has. data, image_folder: if they have moved.
+    images: how many to draw. truth: a JSON file of true words, as toy.py writes it: print which
+    share of the top words is true, of these labels and of each path and sign that the encoder has.
+    data, image_folder: if they have moved.
     """
     from figures import draw_words
 
     store = LabelStore(labels)
     meta = store.meta
     samples = load_samples(data or meta["data"])
-    _read_meta(store.folder, dict(manifest=_manifest(samples)))
+    _read_meta(store.folder, manifest=_manifest(samples))
     meta["image_folder"] = image_folder or meta["image_folder"]
-    rows = range(0, len(store), math.ceil(len(store) / max(1, sample)))
+    rows = range(0, len(store), math.ceil(len(store) / 500))
     ids, scores = map(torch.stack, zip(*(store[i] for i in rows)))
     top_words = _top_words(samples, rows, store.words, ids)
 
@@ -770,7 +768,7 @@ def _print_statistics(store, ids, scores, top_words):
 def _try_paths(store, samples, rows):
     """Yield (name, ids [images, m, 1]) for each path and sign that the encoder has."""
     clip = load_encoder(store.meta["encoder"], _rank_device())
-    _read_meta(store.folder, dict(weights=weights_crc(clip)))
+    _read_meta(store.folder, weights=weights_crc(clip))
     batches = np.array_split(rows, math.ceil(len(rows) / 32))
     for path, sign in itertools.product(patch_paths(clip), (1, -1)):
         trial = store.meta | dict(path=path, sign=sign, n=1, min_score=0.0, mass=1.0)
