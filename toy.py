@@ -13,7 +13,7 @@ The toy is ordinary files, so that it goes through exactly the code of the full 
     words.txt, truth.json           the word list; the words that are true of each patch
     clip/, vision/                  CLIP for open_clip; its vision tower for transformers
     llm/                            a Llama with its tokenizer
-    labels/                         the label store made of train.json by CLIP
+    labels/                         CLIP's labels of train.json's images; the report adds others
 
 CLIP is trained on whole images and text, never on the truth of a patch; the LM on text only.
 """
@@ -163,8 +163,9 @@ BACKGROUNDS = {
 }
 FIELDS = {"color": COLORS, "pattern": PATTERNS, "shape": SHAPES}
 SHOWN = (*COLORS, *PATTERNS, *SHAPES, *BACKGROUNDS)
+# in the word list too, and in no image: a label that is one of these is wrong
 NEVER_SHOWN = "dog cat tree house car road cloud river bird metal glass paper chair"
-WORDS = (*SHOWN, *NEVER_SHOWN.split())  # the word list: CLIP is free to be wrong
+WORDS = (*SHOWN, *NEVER_SHOWN.split())
 
 Thing = namedtuple("Thing", "color pattern shape x y size")  # x, y, size: of its bounding square
 # No two things of a scene share a color, pattern or shape, so that "the circle" is one.
@@ -336,6 +337,7 @@ def write_world(folder, images, seed):
                 turns = conversation(f"<image>\n{question}", answer)
                 row = {"id": f"{split}-{i}-{k}", "image": image, "conversations": turns}
                 files[f"{split}_qa" if k else split].append(row)
+            # the last question again, about words
             turns = conversation(description(scene, rng) + question, answer)
             files[f"{split}_text"].append({"id": f"{split}-{i}-text", "conversations": turns})
             for field in FIELDS:
@@ -453,7 +455,7 @@ def export_vision(weights, folder):
         patch_size=PATCH,
     )
     renames = {
-        "class_e": "embeddings.class_e",
+        "class_embedding": "embeddings.class_embedding",
         "conv1": "embeddings.patch_embedding",
         "ln_pre": "pre_layrnorm",
         "positional_embedding": "embeddings.position_embedding.weight",
@@ -541,7 +543,7 @@ def document(tokenizer, rng):
     scene = make_scene(rng)
     kind = rng.random()
     described = description(scene, rng)
-    # Bars enclose the answers
+    # An answer stands between two bars in `text`
     if kind < 0.25:  # without such lists, yes and no take far longer to learn
         true = scene_words(scene)
         words = rng.sample(SHOWN, 12)
