@@ -381,9 +381,9 @@ def _largest(products, k):
     topk, which is slow on long rows, sees one number of each group and then these groups alone.
     """
     size = math.gcd(products.shape[1], 32)  # less than 32 only in the last block of words
-    grouped = products.unflatten(1, (size, -1))
+    maxima = products.unflatten(1, (size, -1)).amax(1)
+    groups = maxima.topk(min(k, maxima.shape[1]), sorted=False)[1]
     columns_of = torch.arange(products.shape[1], device=products.device).view(size, -1).T
-    groups = grouped.amax(1).topk(min(k, len(columns_of)), sorted=False)[1]
     columns = columns_of[groups].flatten(1)
     values, order = products.gather(1, columns).topk(min(k, columns.shape[1]), sorted=False)
     return values, columns.gather(1, order)
@@ -560,7 +560,7 @@ def extract(
     if rank == 0:
         _start_store(folder, meta, words, clip)
     while not (folder / "words.npy").exists():
-        time.sleep(0.2)
+        time.sleep(0.2)  # rank 0 embeds them
     _, files = _read_meta(folder, **meta)
 
     # Which shards are this rank's must not depend on what the others have done
@@ -568,10 +568,9 @@ def extract(
     missing = [k for k in range(rank, len(files), ranks) if not files[k].exists()]
     batches = [batch.tolist() for k in missing for batch in shards[k].split(batch_size)]
     labelled = _label(folder, meta, clip, samples, batches, workers)
-    progress = tqdm(labelled, f"labelling (rank 0 of {ranks})", len(batches), disable=rank > 0)
-    labelled_images = itertools.chain.from_iterable(zip(*batch) for batch in progress)
+    labelled_images = itertools.chain.from_iterable(zip(*batch) for batch in labelled)
     record = record_type(len(words), math.prod(meta["grid"]), n)
-    for k in missing:
+    for k in tqdm(missing, f"labelling (rank 0 of {ranks})", disable=rank > 0):
         records = list(itertools.islice(labelled_images, len(shards[k])))
         _write(files[k], np.array(records, record))  # in uint16, -1 becomes 65535
 
@@ -724,18 +723,19 @@ def show(
 
     if truth:
         print("share of patches whose top word is true")
-        for name, found in [("these labels", ids), *_try_paths(store, samples, rows)]:
-            shares = true_share(truth, _top_words(samples, rows, store.words, found))
+        trials = _try_paths(store, samples, rows)
+        for name, top_ids in itertools.chain([("these labels", ids)], trials):
+            shares = true_share(truth, _top_words(samples, rows, store.words, top_ids))
             shares = [f"{kind} {share:.3f}" for kind, share in shares.items()]
             print(f"{name:>16}: {', '.join(shares)}")
 
 
 def _top_words(samples, rows, words, ids):
     """ids [images, m, n] -> {image: the word of highest score of each patch, "" for no label}."""
-    found = {}
+    top_words = {}
     for row, image_ids in zip(rows, ids[..., 0].tolist()):
-        found[samples[row]["image"]] = [words[i] if i >= 0 else "" for i in image_ids]
-    return found
+        top_words[samples[row]["image"]] = [words[i] if i >= 0 else "" for i in image_ids]
+    return top_words
 
 
 def _print_statistics(store, ids, scores, top_words):
@@ -791,7 +791,7 @@ def true_share(truth, words_of):
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"--truth {truth}: not a truth file of these images ({e!r})"[:300]) from e
     hits["all"] = sum(hits.values(), [])
-    return {kind: float(np.mean(found)) for kind, found in hits.items()}
+    return {kind: float(np.mean(is_true)) for kind, is_true in hits.items()}
 
 
 def main(argv=None):
