@@ -82,7 +82,6 @@ class SEAModel(nn.Module):
         # Rows at the embedding's end that only make room for <image> are never predicted.
         padding_ids = llava.generation_config.suppress_tokens or []
         self.vocabulary_size = self.embed_tokens.num_embeddings - len(padding_ids)
-        self.word_token_ids = None  # see set_words
 
     def forward(
         self,
@@ -152,8 +151,9 @@ class SEAModel(nn.Module):
             size = self.preprocess["size"]
             pixels = torch.zeros(1, 3, size, size, device=self.device)
         pixels = pixels.to(self.vision_tower.dtype)
-        hidden = self.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-        return self.adapter(hidden[:, -self.image_tokens :])
+        hidden = self.vision_tower(pixels, output_hidden_states=True).hidden_states
+        features = hidden[self.llava.config.vision_feature_layer][:, -self.image_tokens :]
+        return self.adapter(features)
 
     def set_words(self, words):
         """Say which words the label ids stand for."""
@@ -193,11 +193,10 @@ class SEAModel(nn.Module):
             self.vision_tower.to(dtype).requires_grad_(False)
             return
         # Layer -2 leaves the last block unused: DDP would wait for its gradients.
-        features = self.visual_tokens([])  # of a black image
-        parameters = list(self.vision_tower.parameters())
-        grads = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-        for parameter, grad in zip(parameters, grads):
-            parameter.requires_grad_(grad is not None)
+        self.visual_tokens([]).sum().backward()  # of a black image
+        for parameter in self.vision_tower.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        self.zero_grad()
 
     @property
     def vision_tower(self):
@@ -232,18 +231,17 @@ TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full", "dinov2
 LOGIT_CHANGES = "final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"
 
 
-def new_model(vision, llm, dtype=torch.float32, tau=1.0, meta=False):
+def new_model(vision, llm, dtype=torch.float32, tau=1.0):
     """A model from the names or folders of its parts. The adapter is new and in float32.
 
-    meta: only shapes, on the meta device; no weights are read.
+    With torch.device("meta") as the default device it has only shapes; no weights are read.
     """
     parts = {"vision": VISION.get(vision, str(vision)), "llm": LLMS.get(llm, str(llm))}
-    tower = load_vision(parts["vision"], dtype, meta)
-    causal_lm, tokenizer = load_llm(parts["llm"], dtype, meta)
+    tower = load_vision(parts["vision"], dtype)
+    causal_lm, tokenizer = load_llm(parts["llm"], dtype)
     preprocess = vision_preprocess(parts["vision"])
-    with torch.device("meta" if meta else "cpu"):
-        llava = assemble(tower, causal_lm, tokenizer, preprocess["size"])
-        return SEAModel(llava, tokenizer, preprocess, parts, tau)
+    llava = assemble(tower, causal_lm, tokenizer, preprocess["size"])
+    return SEAModel(llava, tokenizer, preprocess, parts, tau)
 
 
 def assemble(tower, llm, tokenizer, image_size):
@@ -309,7 +307,7 @@ def generation_config(llm, tokenizer, suppress_tokens):
     )
 
 
-def load_vision(name, dtype, meta=False):
+def load_vision(name, dtype):
     """A CLIP, SigLIP or DINOv2 vision tower from a hub name or folder."""
     with loading(name):
         config = AutoConfig.from_pretrained(name)
@@ -317,10 +315,10 @@ def load_vision(name, dtype, meta=False):
         if config.model_type not in TOWERS:
             known = ", ".join(TOWERS)
             raise UserError(f"{name}: a {config.model_type}, not a vision tower of {known}")
-        return load_weights(AutoModel, name, config, dtype, meta)
+        return load_weights(AutoModel, name, config, dtype)
 
 
-def load_llm(name, dtype, meta=False):
+def load_llm(name, dtype):
     """A causal LM and its tokenizer from a hub name, a folder or a GGUF file."""
     kwargs = {}
     file = Path(name)
@@ -332,30 +330,29 @@ def load_llm(name, dtype, meta=False):
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         config = AutoConfig.from_pretrained(name, **kwargs)
-        llm = load_weights(AutoModelForCausalLM, name, config, dtype, meta, **kwargs)
-    if kwargs and not meta:  # the weights were dequantized
-        del llm.config.quantization_config
+        llm = load_weights(AutoModelForCausalLM, name, config, dtype, **kwargs)
+    if kwargs:  # the weights were dequantized
+        vars(llm.config).pop("quantization_config", None)
     return llm, tokenizer
 
 
 @contextlib.contextmanager
 def loading(name):
-    """Turn transformers' errors about a hub name or folder into a UserError."""
+    """Turn the errors of a model that cannot be read into a UserError."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        reason = str(e).strip().partition("\n")[0]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(
-            f"{name}: cannot be loaded ({reason}); give a folder with all its files or the name of "
-            "a hub model that you have access to"
+            f"{name}: cannot be loaded ({reason}); give a folder with all its files, none of them "
+            "truncated, or the name of a hub model that you have access to"
         ) from e
 
 
-def load_weights(auto_class, name, config, dtype, meta=False, **kwargs):
-    """A model with its weights, all of them; meta: with none."""
-    if meta:
-        with torch.device("meta"):
-            return auto_class.from_config(config, dtype=dtype)
+def load_weights(auto_class, name, config, dtype, **kwargs):
+    """A model with its weights, all of them; on the meta device with none."""
+    if torch.get_default_device().type == "meta":
+        return auto_class.from_config(config, dtype=dtype)
     model, info = auto_class.from_pretrained(
         name, config=config, dtype=dtype, output_loading_info=True, **kwargs
     )
@@ -401,27 +398,18 @@ def newest_checkpoints(out_dir):
 
 def part_names(folder):
     """Where folder/adapter.safetensors says that its parts are: {"vision": ..., "llm": ...}."""
-    file = folder / "adapter.safetensors"
-    try:
-        with safe_open(file, "pt") as f:
-            names = f.metadata()
+    with loading(folder), safe_open(folder / "adapter.safetensors", "pt") as file:
+        names = file.metadata()
         return {"vision": names["vision"], "llm": names["llm"]}
-    except (SafetensorError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{file}: truncated, corrupt or not written by train.py ({e!r}); use another checkpoint"
-        ) from e
 
 
 def load_adapter(folder, dtype):
     """A new model of the parts that folder/adapter.safetensors names, with its weights."""
     model = new_model(**part_names(folder), dtype=dtype)
-    saved = load_file(folder / "adapter.safetensors")
-    try:
+    with loading(folder):
+        saved = load_file(folder / "adapter.safetensors")
         model.log_scale.data.copy_(saved.pop("log_scale"))
         model.adapter.load_state_dict({k.removeprefix("adapter."): w for k, w in saved.items()})
-    except (KeyError, RuntimeError) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{folder}: not of this vision tower and LLM ({reason})") from e
     return model
 
 
@@ -430,34 +418,25 @@ def load_llava(name, dtype=torch.float32):
     with loading(name):
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "llava":
-            raise UserError(
-                f"{name}: a {config.model_type} model, neither Llava nor one of our runs"
-            )
+            raise UserError(f"{name}: a {config.model_type}, neither Llava nor one of our runs")
+        tower = config.vision_config.model_type
+        if tower not in TOWERS or not isinstance(config.vision_feature_layer, int):
+            raise UserError(f"{name}: Llava must read one layer of one of {', '.join(TOWERS)}")
         llava = load_weights(LlavaForConditionalGeneration, name, config, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    readable = {
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": TOWERS.get(config.vision_config.model_type),
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-    }
-    found = {field: getattr(config, field) for field in readable}
-    if found != readable:
-        raise UserError(
-            f"{name}: a Llava model with a {config.vision_config.model_type} and {found}; it must "
-            f"have one of {', '.join(TOWERS)} and {readable}"
-        )
+
+        projector = llava.model.multi_modal_projector.float()
+        d_llm, d_vision = projector.linear_1.weight.shape
+        adapter = Adapter(d_vision, d_llm, embedding_scale(llava))
+        adapter.act = projector.act
+        adapter.load_state_dict(projector.state_dict())
+    adapter.linear_2.weight.data /= adapter.output_scale  # saved weights include the scale
+    adapter.linear_2.bias.data /= adapter.output_scale
+    llava.model.multi_modal_projector = adapter
 
     prepare_tokenizer(tokenizer)
     padding_ids = llava.generation_config.suppress_tokens
     llava.generation_config = generation_config(llava, tokenizer, padding_ids)
-    projector = llava.model.multi_modal_projector.float()
-    d_llm, d_vision = projector.linear_1.weight.shape
-    adapter = Adapter(d_vision, d_llm, embedding_scale(llava))
-    adapter.load_state_dict(projector.state_dict())
-    adapter.linear_2.weight.data /= adapter.output_scale  # saved weights include the scale
-    adapter.linear_2.bias.data /= adapter.output_scale
-    llava.model.multi_modal_projector = adapter
     return SEAModel(llava, tokenizer, vision_preprocess(name), {"llava": str(name)})
 
 
@@ -491,17 +470,16 @@ def save_llava(model, folder, state, dtype):
     weights = {name: w.to(dtype) for name, w in portable_names(model, state).items()}
     save_torch_state_dict(weights, folder)
 
-    config = copy.deepcopy(model.llava.config)
+    config = model.llava.config
     config.dtype = dtype
     config.save_pretrained(folder)
     model.llava.generation_config.save_pretrained(folder)
-    strategy = config.vision_feature_select_strategy
     LlavaProcessor(
         image_processor(**model.preprocess),
         model.tokenizer,
         patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(strategy == "default"),  # the class token
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(TOWERS[config.vision_config.model_type] == "default"),
         chat_template=model.tokenizer.chat_template,
     ).save_pretrained(folder)
 

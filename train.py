@@ -14,11 +14,11 @@ Face Llava folder in stage 2 or with --export.
 """
 
 import argparse
+import collections
 import dataclasses
 import datetime
 import functools
 import inspect
-import itertools
 import json
 import math
 import os
@@ -228,7 +228,8 @@ def parse_config(argv=None):
     cfg = TrainConfig(**recipe | preset | given)
 
     for field in fields:
-        name, value = field.name, getattr(cfg, field.name)
+        name = field.name
+        value = getattr(cfg, name)
         only = field.metadata["stage"]
         plans_parts = cfg.dry_run and name in ("llm", "vision")  # of a stage 1 that has not run
         if name in given and only not in ("", stage) and not plans_parts:
@@ -333,13 +334,13 @@ def main(argv=None):
 def train(run, train_set, val_set, first_step, steps, log):
     """The loop: a step, perhaps a validation, a line of the log, a checkpoint."""
     cfg = run.cfg
-    batches = batches_of(train_set, run, first_step, steps)
+    loader = iter(micro_batch_loader(train_set, run, first_step, steps))
     with tqdm(total=steps, initial=first_step, disable=log is None, desc="train") as bar:
-        start = time.perf_counter()
-        for step, step_batches in enumerate(batches, first_step + 1):
-            metrics = train_step(run, step_batches, step)
+        for step in range(first_step + 1, steps + 1):
+            start = time.perf_counter()
+            batches = [next(loader) for _ in range(cfg.grad_accum)]
+            metrics = train_step(run, batches, step)
             seconds = time.perf_counter() - start
-            metrics["seen"] = step * cfg.global_batch()
             metrics["samples_per_s"] = cfg.global_batch() / seconds
             metrics["positions_per_s"] = metrics.pop("positions") / seconds
             if not math.isfinite(metrics["loss_g"] + metrics.get("loss_a", 0)):
@@ -356,7 +357,6 @@ def train(run, train_set, val_set, first_step, steps, log):
                     log.write(json.dumps(metrics) + "\n")
             if cfg.save_every and step % cfg.save_every == 0:
                 save_checkpoint(run, step)
-            start = time.perf_counter()
 
 
 def train_step(run, batches, step):
@@ -365,7 +365,7 @@ def train_step(run, batches, step):
     lr = run.schedule.get_last_lr()[0]
     trained = sum((batch["targets"][:, 1:] != IGNORE).sum() for batch in batches)
     [num_targets] = all_sum([trained], run.device)
-    sums = dict.fromkeys(("loss_g", "loss_a", "pairs", "matched", "positions"), 0)
+    sums = collections.defaultdict(float)
     for i, batch in enumerate(batches):
         index = batch.pop("index")
         sums["positions"] += batch["attention_mask"].sum()
@@ -385,8 +385,8 @@ def train_step(run, batches, step):
             )
             loss_a = out.get("loss_a", 0) / len(batches)  # the baseline has none
             total_loss(out["loss_g"], loss_a, cfg.sea_weight).backward()
-        for name in sums.keys() & out.keys():
-            sums[name] += torch.as_tensor(out[name]).detach()
+        for name in ("loss_g", "loss_a", "pairs", "matched"):
+            sums[name] += torch.as_tensor(out.get(name, 0)).detach()
 
     if cfg.clip_grad:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_grad)
@@ -418,8 +418,8 @@ def sample_generators(seed, step, index):
     return generators
 
 
-def batches_of(train_set, run, first_step, steps):
-    """Yield this rank's micro-batches of each step; in stage 2 grouped by modality and length."""
+def micro_batch_loader(train_set, run, first_step, steps):
+    """This rank's micro-batches, step after step; in stage 2 grouped by modality and length."""
     cfg = run.cfg
     order = micro_batches(
         len(train_set),
@@ -432,16 +432,13 @@ def batches_of(train_set, run, first_step, steps):
         world_size(),
         lengths=sample_lengths(train_set.samples) if cfg.stage == "finetune" else None,
     )
-    loader = DataLoader(
+    return DataLoader(
         train_set,
         batch_sampler=order,
         num_workers=cfg.workers,
         collate_fn=functools.partial(collate, pad_id=run.model.tokenizer.pad_token_id),
         pin_memory=torch.cuda.is_available(),
     )
-    loader = iter(loader)
-    for _ in range(first_step, steps):
-        yield list(itertools.islice(loader, cfg.grad_accum))
 
 
 def validate(run, val_set):
@@ -483,7 +480,7 @@ def setup_distributed():
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         an_hour = datetime.timedelta(hours=1)  # rank 0 may take long to write the model
-        dist.init_process_group("nccl" if device else "gloo", timeout=an_hour, device_id=device)
+        dist.init_process_group(timeout=an_hour, device_id=device)
     return device or torch.device("cpu")
 
 
@@ -539,11 +536,12 @@ def build_model(cfg, device):
     if cfg.image_mode:
         model.preprocess["mode"] = cfg.image_mode
     if cfg.grad_checkpoint:
-        for part in [model.llava.model.language_model] + [model.vision_tower] * cfg.tune_vision:
-            enable = getattr(part, "activation_checkpointing_enable", None)
-            enable = enable or part.gradient_checkpointing_enable  # before transformers 5.23
-            enable({"use_reentrant": False})
-            part.train()  # transformers checkpoints in training mode only; no LLM here has dropout
+        enable = getattr(model.llava, "activation_checkpointing_enable", None)
+        enable = enable or model.llava.gradient_checkpointing_enable  # before transformers 5.23
+        enable({"use_reentrant": False})
+        # transformers checkpoints in training mode only; no LLM here has dropout
+        model.llava.model.language_model.train()
+        model.vision_tower.train(cfg.tune_vision)
     # FSDP moves each shard by itself.
     return (model if cfg.fsdp else model.to(device)), dtype
 

@@ -326,21 +326,44 @@ def test_an_exported_folder_is_read_back_and_trained_further(parts, trained, tmp
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    "fields",
     [
-        ("vision_feature_select_strategy", "full"),
-        ("projector_hidden_act", "relu"),
-        ("vision_feature_layer", [-2, -1]),
-        ("multimodal_projector_bias", False),
+        {"vision_feature_select_strategy": "full", "image_seq_length": 577},
+        {"projector_hidden_act": "relu"},
+        {"vision_feature_layer": -1},
     ],
+)
+def test_a_llava_model_of_other_settings_gives_its_own_logits(parts, tmp_path, fields):
+    train.main(["--export", *pretrain_flags(parts, "gemma", "clip", tmp_path), "--max_steps", "1"])
+    folder = change_config(tmp_path / "model", fields)
+    model = load_model(folder)
+    theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([[5] + [model.image_token_id] * model.image_tokens + [6, 7]])
+    targets = ids.masked_fill(ids == model.image_token_id, IGNORE)
+    pixels = torch.randn(1, 3, 336, 336)
+    with torch.no_grad():
+        logits = theirs(ids, pixel_values=pixels).logits
+        out = model(ids, torch.ones_like(ids), targets, pixels)
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], targets[0, 1:])
+    assert loss == pytest.approx(out["loss_g"].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("vision_feature_layer", [-2, -1]), ("multimodal_projector_bias", False)]
 )
 def test_a_llava_model_that_works_otherwise_is_refused(parts, tmp_path, field, value):
     train.main(["--export", *pretrain_flags(parts, "gemma", "clip", tmp_path), "--max_steps", "1"])
-    (tmp_path / "model/adapter.safetensors").unlink()
-    config = json.loads((tmp_path / "model/config.json").read_text())
-    (tmp_path / "model/config.json").write_text(json.dumps(config | {field: value}))
-    with pytest.raises(UserError, match=f"{tmp_path}/model: "):
-        load_model(tmp_path)
+    folder = change_config(tmp_path / "model", {field: value})
+    with pytest.raises(UserError, match=f"{folder}: "):
+        load_model(folder)
+
+
+def change_config(folder, fields):
+    """Nothing but a Llava folder, with other fields in its config."""
+    (folder / "adapter.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
 
 
 def test_an_llm_that_llava_cannot_hold_is_refused(parts, tmp_path):

@@ -164,7 +164,7 @@ def test_adapter_file_round_trip_and_refusals(model, tmp_path, world):
         assert torch.equal(a, b), name
     whole = (tmp_path / "adapter.safetensors").read_bytes()
     (tmp_path / "adapter.safetensors").write_bytes(whole[:-40])
-    with pytest.raises(UserError, match="truncated, corrupt"):
+    with pytest.raises(UserError, match="cannot be loaded .*, none of them truncated"):
         load_model(tmp_path)
     state = adapter_state(model)
     for other in (
@@ -172,7 +172,7 @@ def test_adapter_file_round_trip_and_refusals(model, tmp_path, world):
         {name: w for name, w in state.items() if name != "log_scale"},
     ):
         save_adapter(tmp_path, other, model.parts)
-        with pytest.raises(UserError, match="not of this vision tower and LLM"):
+        with pytest.raises(UserError, match="cannot be loaded .*(size mismatch|log_scale)"):
             load_model(tmp_path)
     with pytest.raises(UserError, match="no adapter.safetensors"):
         load_model(tmp_path / "elsewhere")
@@ -180,7 +180,7 @@ def test_adapter_file_round_trip_and_refusals(model, tmp_path, world):
         new_model(world / "vision", world / "nothing-here")
     (tmp_path / "llm").symlink_to(world / "llm")
     (tmp_path / "llm/processor_config.json").touch()
-    with pytest.raises(UserError, match="a llama model, neither Llava nor"):
+    with pytest.raises(UserError, match="a llama, neither Llava nor"):
         load_model(tmp_path / "llm")
     (world / "llm/processor_config.json").unlink()
     with pytest.raises(UserError, match="not a vision tower"):

@@ -36,7 +36,7 @@ def test_a_run_leaves_what_it_promises_and_learns(flags, tmp_path, world):
     # 10 words: at most 10 pairs
     assert all(0 < m["pairs"] <= 10 and 0 <= m["matched"] <= 1 for m in lines)
     assert all(-1 <= m["val_tacs"] <= 1 for m in lines[2::3])
-    assert lines[-1]["seen"] == 160 and lines[-1]["tau"] != 1
+    assert lines[-1]["tau"] != 1
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.01
     assert before == {p: p.read_bytes() for p in (world / "llm").iterdir()}
 
