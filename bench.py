@@ -33,7 +33,6 @@ SAMPLES = {
 TEXT_LENGTH = {"pretrain": 64, "finetune": 512}  # text positions of a typical sample
 TRAINED_SHARE = {"pretrain": 1.0, "finetune": 0.5}  # of them
 LABELS = 10  # per patch, the default of labels.py extract
-GIB = 2**30
 
 # ----------------------------------------------------------------------------- the plan
 
@@ -47,35 +46,30 @@ def plan(cfg, ranks, pretrain_cfg):
     vision, llm, origin = find_parts(cfg, pretrain_cfg)
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     is_pretrain = cfg.stage == "pretrain"
-    model = new_model(vision, llm, dtype if is_pretrain else torch.float32, cfg.tau, meta=True)
-    ranks_per_node = min(ranks, 8)
-    loading = ranks_per_node * sum(p.nbytes for p in model.parameters())  # each holds all of it
+    with torch.device("meta"):
+        model = new_model(vision, llm, dtype if is_pretrain else torch.float32)
+    weights = sum(p.nbytes for p in model.parameters())
+    cpu = {"while loading": weights * min(ranks, 8)}  # each of a node's ranks holds all of them
     model.log_scale.requires_grad_(cfg.sea_weight > 0)
     if not is_pretrain:
         model.thaw_llm(cfg.tune_vision, dtype)
 
-    params = count_parameters(model)
-    run = plan_steps(cfg, ranks, model.image_tokens)
-    gpu = {}
+    params = {"all": count_parameters(model), "trained": count_parameters(model, trained=True)}
+    steps = plan_steps(cfg, ranks, model.image_tokens)
     typical = min(cfg.max_length, model.image_tokens + TEXT_LENGTH[cfg.stage])
-    for length in (typical, cfg.max_length):
-        for checkpoint in (True, False):
-            gpu[length, checkpoint] = gpu_memory(cfg, model, ranks, length, checkpoint)
-    disk = plan_disk(cfg, run, params["total"], dtype, model.image_tokens)
+    gpu = {length: gpu_memory(cfg, model, ranks, length) for length in (typical, cfg.max_length)}
+    disk = plan_disk(cfg, steps, params, dtype, model.image_tokens)
 
     print(f"{cfg.stage} on {ranks} GPUs: {vision} and {llm} ({origin}); {cfg.data}")
     if not Path(cfg.data).is_file():
-        print(f"{cfg.data} is not here; it has about {run['samples']:,} samples")
-    print_table("parameters", ["all", "trained"], params)
-    print_table("steps", [""], {name: [count] for name, count in run.items()})
-    columns = [f"{length}{' checkpointed' * checkpoint}" for length, checkpoint in gpu]
-    parts = next(iter(gpu.values())).keys()
-    rows = {part: [memory[part] / GIB for memory in gpu.values()] for part in parts}
-    print_table("GPU memory by positions, GiB", columns, rows)
-    print_table("CPU memory of a node, GiB", [""], {"while loading": [loading / GIB]})
-    print_table("disk, GB", [""], {name: [size / 1e9] for name, size in disk.items()})
+        print(f"{cfg.data} is not here; it has about {steps['samples']:,} samples")
+    print_table("parameters", params)
+    print_table("steps", {"": steps})
+    print_table("GPU memory by positions, GiB", gpu, 2**30)
+    print_table("CPU memory of a node, GiB", {"": cpu}, 2**30)
+    print_table("disk, GB", {"": disk}, 10**9)
     print("\n" + json.dumps(dataclasses.asdict(cfg)))
-    return dict(params=params, run=run, gpu=gpu, cpu=loading, disk=disk)
+    return dict(params=params, steps=steps, gpu=gpu, cpu=cpu, disk=disk)
 
 
 def find_parts(cfg, pretrain_cfg):
@@ -94,19 +88,13 @@ def find_parts(cfg, pretrain_cfg):
     return cfg.vision or names["vision"], cfg.llm or names["llm"], origin
 
 
-def count_parameters(model):
-    """{part: (all, trained)}; τ is counted among the trained of the total only."""
-    vision = numel(model.vision_tower.parameters())
-    adapter = numel(model.adapter.parameters())
-    total = numel(model.llava.parameters())
-    trained_vision = numel(model.vision_tower.parameters(), trained=True)
-    trained = numel(model.llava.parameters(), trained=True)
-    return {
-        "vision": (vision, trained_vision),
-        "adapter": (adapter, adapter),
-        "llm": (total - vision - adapter, trained - trained_vision - adapter),
-        "total": (total, numel(model.parameters(), trained=True)),
-    }
+def count_parameters(model, trained=False):
+    """{part: number of parameters}, all or those that are trained. The total includes τ."""
+    vision = numel(model.vision_tower.parameters(), trained)
+    adapter = numel(model.adapter.parameters(), trained)
+    llava = numel(model.llava.parameters(), trained)
+    total = numel(model.parameters(), trained)
+    return {"vision": vision, "adapter": adapter, "llm": llava - vision - adapter, "total": total}
 
 
 def numel(parameters, trained=False):
@@ -131,44 +119,46 @@ def plan_steps(cfg, ranks, image_tokens):
     }
 
 
-def plan_disk(cfg, run, parameters, dtype, image_tokens):
-    """{name: bytes}. parameters: (all, trained)."""
-    total, trained = parameters
+def plan_disk(cfg, steps, params, dtype, image_tokens):
+    """{name: bytes}"""
     is_pretrain = cfg.stage == "pretrain"
-    # Weight and two moments in fp32; in stage 1 the adapter once more.
-    checkpoint = trained * (16 if is_pretrain else 12)
-    saved = run["steps"] // cfg.save_every if cfg.save_every else 0
-    is_exported = cfg.export or not is_pretrain
+    trained = params["trained"]["total"]
+    model = 4 * trained if is_pretrain else 0  # the adapter, in float32
+    if cfg.export or not is_pretrain:
+        model += dtype.itemsize * params["all"]["total"]  # the Llava folder
+    checkpoint = 12 * trained + model  # a weight and two moments in float32
+    saved = steps["steps"] // cfg.save_every if cfg.save_every else 0
     disk = {
         "a checkpoint": checkpoint,
         "checkpoints that stay": checkpoint * min(saved, cfg.keep or saved),
-        "model": total * dtype.itemsize if is_exported else 4 * trained,
+        "model": model,
     }
     if cfg.sea_weight > 0:
-        labels = run["samples"] * image_tokens * LABELS
+        labels = steps["samples"] * image_tokens * LABELS
         disk["labels"] = 4 * labels  # ids in uint16, scores in fp16
         disk["labels of 65,535 words or more"] = 6 * labels  # ids in int32
     return disk
 
 
-def print_table(title, columns, rows):
-    """rows {name: values}."""
-    print(f"\n{title:32}" + "".join(f"{column:>20}" for column in columns))
-    for name, values in rows.items():
-        cells = [f"{v:,}" if isinstance(v, int) else f"{v:,.2f}" for v in values]
-        print(f"{name:32}" + "".join(f"{cell:>20}" for cell in cells))
+def print_table(title, columns, unit=1):
+    """columns: {heading: {row: number}}, all with the same rows. Numbers are printed in units."""
+    print(f"\n{title:32}" + "".join(f"{heading:>20}" for heading in columns))
+    decimals = 0 if unit == 1 else 2
+    for row in next(iter(columns.values())):
+        cells = [f"{column[row] / unit:20,.{decimals}f}" for column in columns.values()]
+        print(f"{row:32}" + "".join(cells))
 
 
 # ----------------------------------------------------------------------------- GPU memory
 
 
-def gpu_memory(cfg, model, ranks, positions, checkpoint):
+def gpu_memory(cfg, model, ranks, positions):
     """Bytes on one GPU as backward begins, by part. positions: of a sample, image included.
 
     frozen: weights in the compute dtype. trained, gradients, moments: 4, 4 and 8 bytes for each
     trained weight. --fsdp divides these by the ranks.
     copies: autocast's bf16 copy of each trained weight, or what --fsdp gathers.
-    activations: what all blocks keep; with checkpoint, their inputs and what one keeps.
+    activations: what all blocks keep; with --grad_checkpoint, their inputs and what one keeps.
     logits: of trained positions, with log-probabilities and two gradients.
     Left out: some GiB for the CUDA context, the allocator's gaps and the kernels' buffers.
     """
@@ -184,7 +174,7 @@ def gpu_memory(cfg, model, ranks, positions, checkpoint):
         "gradients": 4 * trained / shards,
         "moments": 8 * trained / shards,
         "copies": gathered_bytes(model, size) if cfg.fsdp else autocast_copies,
-        "activations": activation_bytes(cfg, model, positions, checkpoint, size),
+        "activations": activation_bytes(cfg, model, positions, size),
         "logits": (8 + 2 * size) * targets * model.llava.lm_head.weight.shape[0],
     }
     memory["total"] = sum(memory.values())
@@ -197,17 +187,20 @@ def gathered_bytes(model, size):
     Weights in the compute dtype; gradients of trained weights in that dtype and in fp32, of one
     block at a time.
     """
+    outside = numel(model.parameters())
+    trained_outside = numel(model.parameters(), trained=True)
     largest = 0
-    blocks = [block for part in model.blocks() for block in part]
-    for block in blocks:
-        weights = 2 * size * numel(block.parameters())
-        largest = max(largest, weights + (size + 4) * numel(block.parameters(), trained=True))
-    in_blocks = {id(p) for block in blocks for p in block.parameters()}
-    others = [p for p in model.parameters() if id(p) not in in_blocks]
-    return size * numel(others) + (size + 4) * numel(others, trained=True) + largest
+    for blocks in model.blocks():
+        for block in blocks:
+            weights = numel(block.parameters())
+            trained = numel(block.parameters(), trained=True)
+            outside -= weights
+            trained_outside -= trained
+            largest = max(largest, 2 * size * weights + (size + 4) * trained)
+    return size * outside + (size + 4) * trained_outside + largest
 
 
-def activation_bytes(cfg, model, positions, checkpoint, size):
+def activation_bytes(cfg, model, positions, size):
     """What the blocks keep for backward. A frozen vision tower keeps nothing."""
     vision_blocks, llm_blocks = model.blocks()
     parts = [(llm_blocks, model.embed_tokens.embedding_dim, positions)]
@@ -221,7 +214,7 @@ def activation_bytes(cfg, model, positions, checkpoint, size):
         # Between blocks, numbers have the dtype of the weights, which only FSDP casts.
         itemsize = size if cfg.fsdp else next(blocks[0].parameters()).itemsize
         inputs += rows * width * len(blocks) * itemsize
-    return inputs + max(kept) if checkpoint else sum(kept)
+    return inputs + max(kept) if cfg.grad_checkpoint else sum(kept)
 
 
 def kept_bytes(block, width, size):
@@ -242,7 +235,9 @@ def kept_bytes(block, width, size):
 # ----------------------------------------------------------------------------- speed
 
 
-def words(patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10, repeats: int = 5):
+def time_search(
+    patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10, repeats: int = 5
+):
     """Time nearest_words against the bare products of the same shapes, and faiss if installed.
 
     Medians (least to most) over repeats in turn, of random unit vectors.
@@ -252,25 +247,25 @@ def words(patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10
     t = F.normalize(torch.randn(words, dim, device=device), dim=-1)
     half_v = v.bfloat16()
     half_t = t.bfloat16()
-    candidates = {
+    searches = {
         "nearest_words": lambda: nearest_words(v, t, n, 1),
-        "product in float32": lambda: block_products(v, t),
-        "product in bfloat16": lambda: block_products(half_v, half_t),
+        "product in float32": lambda: multiply(v, t),
+        "product in bfloat16": lambda: multiply(half_v, half_t),
     }
     try:
         import faiss
 
         index = faiss.IndexFlatIP(dim)
         index.add(t.cpu().numpy())
-        candidates["faiss.IndexFlatIP, CPU"] = lambda: index.search(v.cpu().numpy(), n)
+        searches["faiss.IndexFlatIP, CPU"] = lambda: index.search(v.cpu().numpy(), n)
     except ImportError:
         print("faiss is not installed (pip install faiss-cpu): left out")
 
-    seconds = {name: [] for name in candidates}
+    seconds = {name: [] for name in searches}
     for _ in range(repeats):
-        for name, run in candidates.items():
+        for name, search in searches.items():
             start = time.perf_counter()
-            run()
+            search()
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
@@ -284,16 +279,15 @@ def words(patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10
     return seconds
 
 
-def block_products(v, t, rows=2048, block=8192):
-    """All products, block by block into one buffer: as a whole they might not fit into memory."""
-    out = v.new_empty(rows, block)
-    for part in t.split(block):
-        for some in v.split(rows):
-            torch.mm(some, part.T, out=out[: len(some), : len(part)])
+def multiply(v, t, block=8192):
+    """All products of v's rows with t's, block by block: together they might not fit in memory."""
+    products = v.new_empty(len(v), block)  # one for all blocks, as memory is slow to get
+    for words in t.split(block):
+        torch.mm(v, words.T, out=products[:, : len(words)])
 
 
 def main(argv=None):
-    return run_command(__doc__, {"words": words}, argv)
+    return run_command(__doc__, {"words": time_search}, argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The plan against published sizes, sums by hand, real models on the CPU, what train.py builds."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -320,16 +321,19 @@ def test_sizes_and_steps_of_every_pair_of_parts(llm, vision):
     for stage, steps, warmup, batch in (("pretrain", 2181, 66, 256), ("finetune", 5198, 156, 128)):
         plan = dry_run(f"--stage {stage} --world_size 8 --llm {llm} --vision {vision}")
         tuned = stage == "finetune"
-        assert plan["params"] == {
-            "vision": (TOWER_SIZES[vision], 0),
-            "adapter": (adapter, adapter),
-            "llm": (LLM_SIZES[llm], LLM_SIZES[llm] * tuned),
-            "total": (
-                TOWER_SIZES[vision] + adapter + LLM_SIZES[llm],
-                adapter + (LLM_SIZES[llm] if tuned else 1),
-            ),
+        assert plan["params"]["all"] == {
+            "vision": TOWER_SIZES[vision],
+            "adapter": adapter,
+            "llm": LLM_SIZES[llm],
+            "total": TOWER_SIZES[vision] + adapter + LLM_SIZES[llm] + 1,  # 1: the temperature
         }
-        assert plan["run"] == {
+        assert plan["params"]["trained"] == {
+            "vision": 0,
+            "adapter": adapter,
+            "llm": LLM_SIZES[llm] * tuned,
+            "total": adapter + (LLM_SIZES[llm] if tuned else 1),
+        }
+        assert plan["steps"] == {
             "samples": 665_298 if tuned else 558_128,
             "samples a step": batch,
             "steps": steps,
@@ -342,8 +346,9 @@ def test_sizes_and_steps_of_every_pair_of_parts(llm, vision):
 def test_the_papers_run_as_printed(capsys):
     plan = dry_run("--world_size 8")
     out = capsys.readouterr().out
-    assert plan["params"]["total"] == (7_062_902_784, 20_979_712 + 1)
-    assert "7,062,902,784" in out and "20,979,713" in out
+    assert plan["params"]["all"]["total"] == 7_062_902_784 + 1  # the temperature
+    assert plan["params"]["trained"]["total"] == 20_979_712 + 1
+    assert " 7,062,902,785 " in out and " 20,979,713\n" in out
     assert "is not here; it has about 558,128 samples" in out
     labels = 558_128 * 576 * 10  # 12.86 GB at 4 bytes each
     assert plan["disk"]["labels"] == labels * 4 and "12.86" in out
@@ -351,7 +356,8 @@ def test_the_papers_run_as_printed(capsys):
     config = json.loads(out.strip().splitlines()[-1])
     assert config["llm"] == "vicuna-7b" and config["world_size"] == 8 and config["lr"] == 1e-3
     plan = dry_run("--world_size 8 --sea_weight 0")
-    assert "labels" not in plan["disk"] and plan["params"]["total"][1] == 20_979_712
+    assert "labels" not in plan["disk"]
+    assert plan["params"]["trained"]["total"] == 20_979_712
 
 
 def test_nothing_is_loaded_or_written(monkeypatch, tmp_path, hub):
@@ -384,7 +390,9 @@ def test_memory_of_weights_by_hand():
         assert mem["moments"] == 8 * trained and mem["copies"] == 2 * trained
         assert mem["total"] == sum(v for k, v in mem.items() if k != "total")
     assert first_gpu(one)["copies"] == 2 * trained
-    assert one["cpu"] == 2 * (llm + vision) + 4 * trained and eight["cpu"] == 8 * one["cpu"]
+    loading = 2 * (llm + vision) + 4 * trained
+    assert one["cpu"] == {"while loading": loading}
+    assert eight["cpu"] == {"while loading": 8 * loading}
 
     finetune, tuned = "--stage finetune --fsdp --world_size 16", llm + adapter
     mem, accumulated = (first_gpu(dry_run(f"{finetune} {more}")) for more in ("", "--grad_accum 2"))
@@ -399,40 +407,49 @@ def test_memory_of_weights_by_hand():
     held = 2 * (outside + CLIP_EMBED + 4 * 1024 + 1)  # all in bf16, the temperature too
     assert mem["copies"] == gathered + held + (2 + 4) * outside
     plan = dry_run(finetune)
-    assert plan["cpu"] == 8 * 4 * (llm + vision + adapter + 1)  # 8 GPUs a node, all in fp32
+    total = llm + vision + adapter + 1
+    assert plan["cpu"] == {"while loading": 8 * 4 * total}  # 8 GPUs a node, all in fp32
     assert plan["disk"] == {
-        "a checkpoint": 12 * tuned,
-        "checkpoints that stay": 12 * tuned,
-        "model": 2 * (llm + vision + adapter),
+        "a checkpoint": 12 * tuned + 2 * total,
+        "checkpoints that stay": 12 * tuned + 2 * total,
+        "model": 2 * total,
     }
     wide = first_gpu(dry_run(f"{finetune} --dtype float32"))
     assert wide["frozen"] == (4 * vision + 4) / 16 and wide["trained"] == mem["trained"]
 
 
 def test_checkpoints_and_models_on_disk():
-    adapter, total = 20_979_712, 7_062_902_784
-    checkpoint = 16 * (adapter + 1)  # weight, two moments, adapter again
+    adapter, total = 20_979_712 + 1, 7_062_902_784 + 1  # with the temperature
+    checkpoint = 16 * adapter  # weight, two moments, adapter again
     disk = dry_run("--world_size 8")["disk"]  # 2181 steps, one every 500, all kept
     assert disk["a checkpoint"] == checkpoint and disk["checkpoints that stay"] == 4 * checkpoint
-    assert disk["model"] == 4 * (adapter + 1)
+    assert disk["model"] == 4 * adapter
     disk = dry_run("--world_size 8 --keep 3 --export")["disk"]
-    assert disk["checkpoints that stay"] == 3 * checkpoint and disk["model"] == 2 * total
+    assert disk["model"] == 4 * adapter + 2 * total
+    assert disk["checkpoints that stay"] == 3 * (checkpoint + 2 * total)
     for flags in ("--save_every 0", "--max_steps 499"):
         assert dry_run(f"--world_size 8 {flags}")["disk"]["checkpoints that stay"] == 0
 
 
-def test_a_tuned_tower_trains_all_but_its_last_block(capsys):
-    plan = dry_run("--stage finetune --world_size 8 --tune_vision")
-    assert plan["params"]["vision"][1] == CLIP_EMBED + 2 * 1024 + 23 * CLIP_BLOCK
-    plan = dry_run("--stage finetune --world_size 8 --recipe prime")
-    assert plan["params"]["vision"] == (TOWER_SIZES["siglip-384"], SIGLIP_EMBED + 26 * SIGLIP_BLOCK)
-    assert plan["run"]["samples"] == 7_070_000 and plan["run"]["image tokens a step"] == 128 * 729
-    assert "it has about 7,070,000 samples" in capsys.readouterr().out
-    parts = "--vision dinov2-224 --llm qwen3-0.6b"
-    plan = dry_run(f"--stage finetune --world_size 8 --tune_vision {parts}")
+def test_a_tuned_tower_trains_all_but_its_last_block():
+    def trained_vision(flags):
+        plan = dry_run(f"--stage finetune --world_size 8 {flags}")
+        return plan["params"]["trained"]["vision"]
+
+    assert trained_vision("--tune_vision") == CLIP_EMBED + 2 * 1024 + 23 * CLIP_BLOCK
+    assert trained_vision("--recipe prime") == SIGLIP_EMBED + 26 * SIGLIP_BLOCK
     block = CLIP_BLOCK + 2 * 1024
     # not the mask token, the last block, the last norm
-    assert plan["params"]["vision"][1] == TOWER_SIZES["dinov2-224"] - 1024 - block - 2 * 1024
+    used = TOWER_SIZES["dinov2-224"] - 1024 - block - 2 * 1024
+    assert trained_vision("--tune_vision --vision dinov2-224 --llm qwen3-0.6b") == used
+
+
+def test_the_plan_of_sea_prime(capsys):
+    plan = dry_run("--stage finetune --world_size 8 --recipe prime")
+    assert plan["params"]["all"]["vision"] == TOWER_SIZES["siglip-384"]
+    assert plan["steps"]["samples"] == 7_070_000
+    assert plan["steps"]["image tokens a step"] == 128 * 729
+    assert "it has about 7,070,000 samples" in capsys.readouterr().out
 
 
 def test_samples_of_a_file_that_is_here(tmp_path):
@@ -443,7 +460,7 @@ def test_samples_of_a_file_that_is_here(tmp_path):
     Path("own.jsonl").write_text("\n".join(lines[:50]))
 
     def counts(flags):
-        run = dry_run(flags)["run"]
+        run = dry_run(flags)["steps"]
         return [run[k] for k in ("samples", "samples a step", "steps", "warmup steps")]
 
     steps = "--batch_size 4 --grad_accum 2 --world_size 3 --epochs 2.5"
@@ -455,8 +472,8 @@ def test_samples_of_a_file_that_is_here(tmp_path):
 
 def test_stage_2_finds_its_parts(tmp_path, hub, capsys):
     def parts(flags=""):
-        plan = dry_run(f"--stage finetune --world_size 8 {flags}")["params"]
-        return plan["vision"][0], plan["llm"][0]
+        params = dry_run(f"--stage finetune --world_size 8 {flags}")["params"]["all"]
+        return params["vision"], params["llm"]
 
     assert parts() == (TOWER_SIZES["clip-l-336"], LLM_SIZES["vicuna-7b"])
     assert "out/pretrain is no folder, so stage 1's defaults" in capsys.readouterr().out
@@ -501,10 +518,9 @@ def test_the_plan_is_of_what_a_run_builds(flags, world, tmp_path):
     real, _ = train.build_model(train.parse_config(flags.split()), torch.device("cpu"))
     plan = dry_run(f"{flags} --data {world}/train.json")
     tuned = [p for p in real.parameters() if p.requires_grad]
-    assert plan["run"]["samples"] == 24
-    total, trained = plan["params"]["total"]
-    assert trained == sum(p.numel() for p in tuned)
-    assert total == sum(p.numel() for p in real.parameters()) - 1  # the temperature
+    assert plan["steps"]["samples"] == 24
+    assert plan["params"]["trained"]["total"] == sum(p.numel() for p in tuned)
+    assert plan["params"]["all"]["total"] == sum(p.numel() for p in real.parameters())
     mem = first_gpu(plan)
     assert mem["frozen"] == sum(p.nbytes for p in real.parameters() if not p.requires_grad)
     assert mem["trained"] == sum(p.nbytes for p in tuned)
@@ -578,8 +594,9 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
         assert out["loss_g"].requires_grad
         return sum(storage.nbytes() for storage in storages.values())
 
-    def planned(checkpoint):  # of the logits' 12 bytes a number, 4 are there before backward
-        mem = bench.gpu_memory(cfg, built, 1, 80, checkpoint)
+    def planned(recompute):  # of the logits' 12 bytes a number, 4 are there before backward
+        setting = dataclasses.replace(cfg, grad_checkpoint=recompute)
+        mem = bench.gpu_memory(setting, built, 1, 80)
         assert mem["logits"] == 12 * 4 * (64 if stage == "pretrain" else 32) * 400
         return mem["activations"] + mem["logits"] / 3
 
