@@ -23,6 +23,7 @@ import json
 import re
 import string
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -101,52 +102,60 @@ def to_device(batch, device):
 # ------------------------------------------------------------------------------- what is measured
 
 
-def open_model(path):
-    """The SEAModel of an out_dir, its model/, a checkpoint, or any Llava model."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return load_model(path, dtype).to(device)
+class Run(NamedTuple):
+    """A path given as --model, and the training run it belongs to, if it belongs to one."""
+
+    path: str
+    folder: Path | None = None  # the run's --out_dir
+    config: dict = {}  # its config.json
+    step: int | None = None
 
 
 def find_run(path):
-    """-> folder, config and step of a model's training run; None, {}, None for other models."""
+    """The Run of an out_dir, its model/, a checkpoint, or any Llava model."""
     found = find_model(path).resolve()
     for folder in found.parents:
         if (folder / "metrics.jsonl").is_file():
             config = json.loads((folder / "config.json").read_text())
             last_step = read_json_lines(folder / "metrics.jsonl")[-1]["step"]
-            return folder, config, step_in(found.name) or last_step
-    return None, {}, None
+            return Run(path, folder, config, step_in(found.name) or last_step)
+    return Run(path)
 
 
-def save_result(path, result):
+def open_model(run):
+    """The SEAModel of a Run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return load_model(run.path, dtype).to(device)
+
+
+def save_result(run, result):
     """Print a result and append it, with the step, to the run's eval.jsonl, if there is a run."""
     print(json.dumps(result))
-    folder, _, step = find_run(path)
-    if folder:
-        with open(folder / "eval.jsonl", "a") as f:
-            f.write(json.dumps({"step": step} | result) + "\n")
+    if run.folder:
+        with open(run.folder / "eval.jsonl", "a") as f:
+            f.write(json.dumps({"step": run.step} | result) + "\n")
     return result
 
 
-def find_captions(path, data, image_folder):
+def find_captions(run, data, image_folder):
     """-> data and image_folder, by default those of the run: held out, or else trained on."""
-    _, config, _ = find_run(path)
+    config = run.config
     if not data and config.get("stage") == "pretrain":  # stage 2's data are no captions
         data = config["val_data"] or config["data"]
         if not config["val_data"]:
             print("measured on the training data: the run has no held-out captions (--val_data)")
     image_folder = image_folder or config.get("val_image_folder") or config.get("image_folder")
     if not data or not image_folder:
-        raise UserError(f"{path}: its run has no captions: give --data and --image_folder")
+        raise UserError(f"{run.path}: its run has no captions: give --data and --image_folder")
     return data, image_folder
 
 
-def open_captions(path, data, image_folder, samples):
-    """-> the SEAModel of a path, and a LlavaDataset of the first `samples` of find_captions."""
-    data, image_folder = find_captions(path, data, image_folder)
+def open_captions(run, data, image_folder, samples):
+    """-> the SEAModel of a Run, and a LlavaDataset of the first `samples` of find_captions."""
+    data, image_folder = find_captions(run, data, image_folder)
     captions = list(itertools.islice(load_samples(data), samples))
-    model = open_model(path)
+    model = open_model(run)
     return model, LlavaDataset(
         captions, image_folder, model.preprocess, model.tokenizer, model.image_tokens
     )
@@ -161,12 +170,11 @@ def encode_images(model, dataset):
     return torch.cat(x_v)
 
 
-def find_words(path, file):
+def find_words(run, file):
     """The words of a file, by default those of the run's labels."""
-    _, config, _ = find_run(path)
-    if not file and not config.get("labels"):
+    if not file and not run.config.get("labels"):
         raise UserError("the run of --model has no labels: give --words, a file with a word a line")
-    return read_words(file or Path(config["labels"]) / "words.txt")
+    return read_words(file or Path(run.config["labels"]) / "words.txt")
 
 
 @torch.no_grad()
@@ -182,19 +190,21 @@ def encode_words(model, words):
 
 def eval_tacs(model: str, data: str = "", image_folder: str = "", samples: int = 100):
     """Mean TACS and caption loss of image-caption pairs: the first `samples` of `data`."""
-    sea, captions = open_captions(model, data, image_folder, samples)
+    run = find_run(model)
+    sea, captions = open_captions(run, data, image_folder, samples)
     score, pairs, loss, tokens = alignment_sums(sea, captions, sea.device)
     result = dict(tacs=score / pairs, caption_loss=loss / tokens, pairs=int(pairs))
-    return save_result(model, result)
+    return save_result(run, result)
 
 
 def eval_gap(
     model: str, words: str = "", data: str = "", image_folder: str = "", samples: int = 100
 ):
     """D of Eq. 5, the norms it depends on (of visual tokens and words), and D of unit vectors."""
-    sea, captions = open_captions(model, data, image_folder, samples)
+    run = find_run(model)
+    sea, captions = open_captions(run, data, image_folder, samples)
     x_v = encode_images(sea, captions)
-    features = encode_words(sea, find_words(model, words))
+    features = encode_words(sea, find_words(run, words))
 
     result = dict(
         D=modality_gap(x_v, features),
@@ -202,7 +212,7 @@ def eval_gap(
         word_norm=features.norm(dim=1).mean(),
         D_of_unit_vectors=modality_gap(F.normalize(x_v), F.normalize(features)),
     )
-    return save_result(model, {name: value.item() for name, value in result.items()})
+    return save_result(run, {name: value.item() for name, value in result.items()})
 
 
 def eval_words(
@@ -222,11 +232,12 @@ def eval_words(
     truth.json, for the share of true words. out: a picture of `images` images, each as it is, with
     the words of the baseline, and with those of the model.
     """
-    word_list = find_words(model, words)
-    data, image_folder = find_captions(model, data, image_folder)
+    runs = [find_run(path) for path in (baseline, model) if path]
+    word_list = find_words(runs[-1], words)
+    data, image_folder = find_captions(runs[-1], data, image_folder)
     words_of_runs = []  # of each run, for each image, the words of its patches
-    for path in filter(None, (baseline, model)):
-        sea, captions = open_captions(path, data, image_folder, samples)
+    for run in runs:
+        sea, captions = open_captions(run, data, image_folder, samples)
         nearest = nearest_word(encode_images(sea, captions), encode_words(sea, word_list))
         found = np.array(word_list)[nearest.cpu()].reshape(len(captions), -1).tolist()
         words_of_runs.append(found)
@@ -237,8 +248,8 @@ def eval_words(
         if truth:
             files = [sample["image"] for sample in captions.samples]
             result["true"] = true_share(truth, dict(zip(files, found)))
-        print(path)
-        save_result(path, result)
+        print(run.path)
+        save_result(run, result)
 
     unscaled = sea.preprocess | {"mean": (0, 0, 0), "std": (1, 1, 1)}
     captions = dataclasses.replace(captions, preprocess=unscaled)
@@ -340,7 +351,8 @@ def eval_pope(
     """
     files = sorted(Path(data).glob("*.json*")) or [Path(data)]
     rows_of = {file.stem: read_pope(file) for file in files}
-    sea = open_model(model)
+    run = find_run(model)
+    sea = open_model(run)
     result = {}
     for name, rows in rows_of.items():
         asked = [question_sample(f"{row['text']}\n{prompt}".strip(), row["image"]) for row in rows]
@@ -351,7 +363,7 @@ def eval_pope(
     mean = {}
     for metric in result[name]:
         mean[metric] = np.mean([metrics[metric] for metrics in result.values()])
-    return save_result(model, {"pope": mean | result})
+    return save_result(run, {"pope": mean | result})
 
 
 def read_pope(file):
@@ -387,7 +399,8 @@ def eval_vqa(
     measures language alone. out: a .jsonl file of the questions with their answers.
     """
     questions = [vqa_question(sample, prompt) for sample in load_samples(data, captions=False)]
-    sea = open_model(model)
+    run = find_run(model)
+    sea = open_model(run)
     answers = answer(sea, questions, image_folder, batch_size, max_new_tokens, workers)
 
     scores = collections.defaultdict(list)
@@ -406,7 +419,7 @@ def eval_vqa(
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text("".join(json.dumps(question) + "\n" for question in questions))
     shares = {kind: np.mean(rights) for kind, rights in sorted(scores.items())}
-    return save_result(model, {Path(data).stem: shares})
+    return save_result(run, {Path(data).stem: shares})
 
 
 def vqa_question(sample, prompt):
@@ -429,7 +442,7 @@ def vqa_question(sample, prompt):
 
 def chat(model: str, image: str = "", max_new_tokens: int = 512):
     """Ask about an image, or about nothing: one question a line, an empty line or Ctrl-D ends."""
-    sea = open_model(model)
+    sea = open_model(find_run(model))
     streamer = TextStreamer(sea.tokenizer, skip_prompt=True, skip_special_tokens=True)
     turns = []
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -463,31 +476,31 @@ def figures(
     measured for several checkpoints), radar.png (Figure 3b: all benchmarks measured for both).
     """
     Path(out).mkdir(parents=True, exist_ok=True)
-    runs = {}
+    histories = {}
     groups = {}
     for kind, path in (("baseline", baseline), ("SEA", model)):
-        folder, config, _ = find_run(path)
-        if not folder:
+        run = find_run(path)
+        if not run.folder:
             raise UserError(f"{path}: not of a training run, whose metrics.jsonl can be drawn")
-        runs[kind] = [history(folder)]
-        if data or config["stage"] == "pretrain":
-            groups[kind] = token_groups(path, data, image_folder, samples)
+        histories[kind] = [history(run.folder)]
+        if data or run.config["stage"] == "pretrain":
+            groups[kind] = token_groups(run, data, image_folder, samples)
     if groups:
         draw_tsne(groups, f"{out}/tsne.png")
 
-    measures = {name: name for name in runs["SEA"][0] if re.fullmatch(SCORES, name)}
-    draw_curves(runs, measures, f"{out}/curves.png")
+    measures = {name: name for name in histories["SEA"][0] if re.fullmatch(SCORES, name)}
+    draw_curves(histories, measures, f"{out}/curves.png")
     scores = {}
-    for kind, [run] in runs.items():
-        names = [name for name in measures if name in run and "tacs" not in name]
-        scores[kind] = {name: run[name][max(run[name])] for name in names}
+    for kind, [steps_of] in histories.items():  # {measure: {step: value}}
+        names = [name for name in measures if name in steps_of and "tacs" not in name]
+        scores[kind] = {name: steps_of[name][max(steps_of[name])] for name in names}
     draw_radar(scores, f"{out}/radar.png")
 
 
 @torch.no_grad()
-def token_groups(path, data="", image_folder="", samples=100):
+def token_groups(run, data="", image_folder="", samples=100):
     """The tokens of Figure 2, each [N, D]: of images, of their captions, and all of the LLM's."""
-    sea, captions = open_captions(path, data, image_folder, samples)
+    sea, captions = open_captions(run, data, image_folder, samples)
     texts = [sample["conversations"][1]["value"] for sample in captions.samples]
     caption_ids = sea.tokenizer(texts, add_special_tokens=False).input_ids
     text_ids = torch.tensor(sum(caption_ids, [])).unique()

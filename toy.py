@@ -51,7 +51,7 @@ from transformers import (
 )
 
 from data import UserError, cli, image_processor, load_samples, run_command
-from eval import eval_words, token_groups
+from eval import eval_words, find_run, token_groups
 from figures import draw_curves, draw_radar, draw_tsne, history
 from labels import LabelStore, extract
 
@@ -740,7 +740,7 @@ def summarize(seeds, out):
     draw_radar(scores, figures / "radar.png")
     baseline = f"{out}/baseline_0/pretrain"
     sea = f"{out}/SEA_0/pretrain"
-    groups = {"baseline": token_groups(baseline), "SEA": token_groups(sea)}
+    groups = {"baseline": token_groups(find_run(baseline)), "SEA": token_groups(find_run(sea))}
     draw_tsne(groups, figures / "tsne.png")
     eval_words(sea, baseline, samples=2, out=f"{figures}/words.png")
 
