@@ -38,7 +38,7 @@ ENCODERS = {
     "siglip-384": "ViT-SO400M-14-SigLIP-384/webli",
 }
 PROMPT = "a photo of a {}."  # PAPER: the prompt around a word is not given; this is CLIP's own
-SURGERY_BLOCKS = 6  # the last blocks, which the path `vv` sums over, as in CLIP Surgery
+SURGERY_BLOCKS = 6  # how many of the last blocks the path `vv` sums over, as CLIP Surgery does
 
 # Words that name nothing visible: Appendix C keeps "meaningful and attribute" words.
 STOP_WORDS = """
@@ -61,8 +61,8 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
 
     A word of the captions, in lower case, is kept if it occurs min_count times or more and is
     neither a stop word nor a single letter; frequent words come first, ties in alphabetical order.
-    extra: another list, one word a line (such as 2of12). tagger: a spaCy pipeline (en_core_web_sm);
-    with it only nouns, adjectives, verbs and participles are kept.
+    extra: another list, one word a line (such as 2of12 of the 12dicts). tagger: a spaCy pipeline
+    (en_core_web_sm); with it only common nouns, adjectives, verbs and participles are kept.
 
     PAPER: words stay as they are written: the lemma of "striped", an attribute, would be "stripe",
     a thing.
@@ -98,7 +98,8 @@ def _caption_words(captions, tagger):
     """Yield the list of words of each caption: all, or those whose part of speech is wanted."""
     word = r"[^\W\d_]+(?:-[^\W\d_]+)*"
     if not tagger:
-        contraction = r"\w+n['\u2019]t\b|['\u2019](s|re|ve|ll|d|m)\b"  # don't; the 's of dog's
+        # Removes don't as a whole, and the 's of dog's
+        contraction = r"\w+n['\u2019]t\b|['\u2019](s|re|ve|ll|d|m)\b"
         for caption in captions:
             yield re.findall(word, re.sub(contraction, "", caption.lower()))
         return
@@ -163,8 +164,8 @@ def load_encoder(name, device="cpu"):
             f"--encoder {name}: cannot be loaded ({reason}); give {', '.join(ENCODERS)}, a folder, "
             "or MODEL/WEIGHTS of open_clip"
         ) from e
-    # PAPER: Eq. 8 is about OpenAI's CLIP, read by its last tokens; of other weights nothing is
-    # said, so these are read by `value`, or by the only path they have.
+    # PAPER: Eq. 8 is about OpenAI's CLIP, read after its last block. Nothing is said of other
+    # weights: they are read by `value`, or by the only path they have.
     encoder.default_path = "last" if weights == "openai" else patch_paths(encoder)[0]
     return encoder.eval().requires_grad_(False)
 
@@ -189,7 +190,7 @@ def encoder_preprocess(encoder):
 
 
 def patch_paths(encoder):
-    """The ways patch_embeddings can read the patches of this encoder.
+    """The paths of this encoder; the first is the default for weights that are not OpenAI's.
 
     UserError if there is none: it is no ViT or, as CoCa, mixes the patches after its last block.
     """
@@ -200,8 +201,8 @@ def patch_paths(encoder):
     if hasattr(trunk, "num_prefix_tokens"):
         return ["last"] if getattr(trunk, "attn_pool", None) is None else ["value"]
     raise UserError(
-        "--encoder: the patches of this model cannot be read one by one; use a ViT whose pooling "
-        "has no queries, or one alone, as SigLIP"
+        "--encoder: the patches of this model cannot be read one by one; use a ViT such as CLIP's "
+        "or SigLIP's (no ResNet, no CoCa)"
     )
 
 
@@ -210,8 +211,8 @@ def default_sign(encoder, path):
 
     PAPER: Eq. 8 negates the cosine. CLIP trains only its class token to match the text; its raw
     patch tokens (`last`) turn out closer to the words of the background than to those of the
-    object (CLIP Surgery). The other paths avoid this, and so do towers that average their patches,
-    which are trained to match the text then: there the cosine is used as it is.
+    object (CLIP Surgery). The cosine keeps its sign where this does not hold: on the other paths,
+    and in towers that average their patches, which trains each patch to match the text.
     """
     visual = encoder.visual
     pooling = visual.trunk.global_pool if hasattr(visual, "trunk") else visual.pool_type
@@ -226,10 +227,11 @@ def patch_embeddings(encoder, pixels, path="last"):
         rest of the image can outweigh what they show themselves.
     value: the same, but in the last block each token attends to itself alone, so that it keeps its
         own value (MaskCLIP).
-    vv: the outputs of v-v attention in the last blocks, summed, without their MLPs (CLIP Surgery).
-        Values take the place of queries and keys: tokens attend to tokens of similar content.
-    A tower of timm has one path: `value` if it pools by attention, as SigLIP, by pooling each patch
-    alone; else `last`.
+    vv: the tokens before the last SURGERY_BLOCKS plus the outputs of v-v attention in each of these
+        blocks, without their MLPs (CLIP Surgery). Values take the place of queries and keys:
+        tokens attend to tokens of similar content.
+    A tower of timm has one path. If it pools by attention, as SigLIP does, this is `value`: each
+    patch is pooled alone. Otherwise it is `last`.
     """
     paths = patch_paths(encoder)
     if path not in paths:
@@ -243,7 +245,7 @@ def _timm_patches(visual, pixels, path):
     """patch_embeddings of a tower of timm, before normalisation."""
     trunk = visual.trunk
     x = trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :]
-    if path == "value":
+    if path == "value":  # the pooling sees each patch as a sequence of length 1
         x = torch.stack([trunk.attn_pool(patches.unsqueeze(1)) for patches in x])
     return visual.head(trunk.head(trunk.fc_norm(x)))
 
@@ -262,14 +264,14 @@ def _open_clip_patches(visual, pixels, path):
     else:
         for block in blocks[:-1]:
             x = block(x)
-        itself = x.new_full((x.shape[1], x.shape[1]), -torch.inf).fill_diagonal_(0)
-        tokens = blocks[-1](x, attn_mask=itself if path == "value" else None)
+        only_itself = x.new_full((x.shape[1], x.shape[1]), -torch.inf).fill_diagonal_(0)
+        tokens = blocks[-1](x, attn_mask=only_itself if path == "value" else None)
     return visual.ln_post(tokens)[:, 1:] @ visual.proj
 
 
 def _vv_attention(attention, x):
     """Self-attention with the values in place of queries and keys: [B, 1 + m, width] -> same."""
-    names = ("in_proj_weight", "in_proj_bias")  # of query, key and value together
+    names = ("in_proj_weight", "in_proj_bias")  # query, key and value, stacked
     vvv = {name: torch.cat([getattr(attention, name).chunk(3)[2]] * 3) for name in names}
     return functional_call(attention, vvv, (x, x, x), dict(need_weights=False))[0]
 
@@ -295,10 +297,10 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
     int64, scores [P, n] float32, descending, of equal scores the lower id first. Where fewer than n
     words score above min_score, ids are padded with -1 and scores with 0.
 
-    A search chooses candidates by fast products in bf16, scores them in float64, and gives a bound
-    that no other word's score exceeds. Patches whose n words do not all score above their bound are
-    searched again with products in float32 and, if that is not enough (very many equal scores), by
-    sorting. Memory does not grow with q.
+    A search picks candidates by fast products in bf16 and scores these in float64. It also returns
+    a bound that no other word's score exceeds. A patch is done if its n-th best candidate scores
+    above the bound, or if the bound is below min_score. The rest are searched again with products
+    in float32; what is left then (very many equal scores) is sorted. Memory does not grow with q.
     """
     _use_full_precision()
     patches = sign * patch_embeds
@@ -307,8 +309,9 @@ def nearest_words(patch_embeds, word_embeds, n, sign, min_score=0.0):
     k = min(n, len(word_embeds))
 
     bf16_is_fast = patches.is_cuda or torch.cpu._is_avx512_bf16_supported()
+    dtypes = [torch.bfloat16, torch.float32] if bf16_is_fast else [torch.float32]
     unsure = torch.arange(len(patches), device=ids.device)
-    for dtype in [torch.bfloat16, torch.float32] if bf16_is_fast else [torch.float32]:
+    for dtype in dtypes:
         ids[unsure, :k], scores[unsure, :k], bound = _search(patches[unsure], word_embeds, n, dtype)
         unsure = unsure[bound >= scores[unsure, k - 1].clamp(min=min_score)]
         if len(unsure) == 0:
@@ -332,11 +335,12 @@ def _search(patches, word_embeds, n, dtype, patch_block=4096, word_block=16384):
 
     -> ids [P, n], float64 scores [P, n], descending, and a bound [P] for the score of other words.
     """
-    k = min(4 * n + 24, len(word_embeds))
-    # Without the mean word the order is the same, but words are shorter, and so are their roundings
+    num_candidates = min(4 * n + 24, len(word_embeds))
+    # Subtracting the mean word changes no patch's order of words, but makes the words shorter, and
+    # with them their rounding errors
     mean_word = word_embeds.mean(0)
     rounded_patches = patches.to(dtype)
-    products = rounded_patches.new_full((len(patches), k), -torch.inf)
+    products = rounded_patches.new_full((len(patches), num_candidates), -torch.inf)
     candidates = torch.zeros_like(products, dtype=torch.int64)
     word_norm = 0.0
     for start in range(0, len(word_embeds), word_block):
@@ -344,32 +348,32 @@ def _search(patches, word_embeds, n, dtype, patch_block=4096, word_block=16384):
         word_norm = max(word_norm, centred.norm(dim=1).max().item())
         for first in range(0, len(patches), patch_block):
             rows = slice(first, first + patch_block)
-            values, columns = _largest(rounded_patches[rows] @ centred.to(dtype).T, k)
+            values, columns = _largest(rounded_patches[rows] @ centred.to(dtype).T, num_candidates)
             values = torch.cat([products[rows], values], 1)
             columns = torch.cat([candidates[rows], start + columns], 1)
-            products[rows], order = values.topk(k, sorted=False)
+            products[rows], order = values.topk(num_candidates, sorted=False)
             candidates[rows] = columns.gather(1, order)
 
     candidates = candidates.sort()[0]  # so that a stable sort leaves the lower id first
     block = 512 if patches.is_cuda else 8  # few launches, or what the CPU's cache holds
     scores = [
-        (word_embeds[ids].double() * some.double().unsqueeze(1)).sum(-1)
-        for some, ids in zip(patches.split(block), candidates.split(block))
+        (word_embeds[ids].double() * part.double().unsqueeze(1)).sum(-1)
+        for part, ids in zip(patches.split(block), candidates.split(block))
     ]
     scores, order = torch.cat(scores).sort(descending=True, stable=True)
     ids = candidates.gather(1, order)
 
-    # The product of any other word is at most the last candidate's. Its exact score has the mean
-    # word's part in addition, and at most what each rounding took away.
+    # No other word's product is above the last candidate's. Its exact score is its product, plus
+    # the score of the mean word, plus at most the three rounding errors.
     last_product = products.amin(1).double()
     norms = patches.double().norm(dim=1) * word_norm
     eps = torch.finfo(dtype).eps
     mean_score = patches.double() @ mean_word.double()
-    rounded_product = last_product.abs() * eps
-    rounded_factors = norms * (eps + eps**2)  # each number of patch and word by eps / 2 of itself
-    rounded_sum = norms * patches.shape[1] * 2**-22  # d additions in float32
-    bound = last_product + mean_score + rounded_product + rounded_factors + rounded_sum
-    if k == len(word_embeds):
+    product_error = last_product.abs() * eps
+    factor_error = norms * (eps + eps**2)  # every number is rounded by at most eps / 2 of itself
+    sum_error = norms * patches.shape[1] * 2**-22  # d additions in float32
+    bound = last_product + mean_score + product_error + factor_error + sum_error
+    if num_candidates == len(word_embeds):
         bound.fill_(-torch.inf)  # there is no other word
     return ids[:, :n], scores[:, :n], bound
 
@@ -377,10 +381,10 @@ def _search(patches, word_embeds, n, dtype, patch_block=4096, word_block=16384):
 def _largest(products, k):
     """The k largest of each row (all, if there are fewer) -> values and columns [P, k], unordered.
 
-    Columns are taken in groups of 32. The k largest are in the k groups of largest maxima, so that
-    topk, which is slow on long rows, sees one number of each group and then these groups alone.
+    topk is slow on long rows, so columns form groups of 32, and it first finds the k groups of
+    largest maxima: all of the k largest are in these.
     """
-    size = math.gcd(products.shape[1], 32)  # less than 32 only in the last block of words
+    size = math.gcd(products.shape[1], 32)  # below 32 only in a last block that 32 does not divide
     maxima = products.unflatten(1, (size, -1)).amax(1)
     groups = maxima.topk(min(k, maxima.shape[1]), sorted=False)[1]
     columns_of = torch.arange(products.shape[1], device=products.device).view(size, -1).T
@@ -400,13 +404,14 @@ def _sort(patch, word_embeds, n):
 
 
 class LabelStore:
-    """The labels of a data file, on disk: store[i] is of the image of sample i.
+    """The labels of a data file, on disk: store[i] holds those of sample i's image.
 
-    folder/ meta.json         everything the labels depend on, and where the data was
+    folder/ meta.json         all that labels depend on (words: a digest), and where the data was
             words.txt         the words that ids stand for
             words.npy         their embeddings, float32 [q, d]; only labels.py needs them
-            labels-00000.npy  records of `shard` images: ids [m, n] uint16 or int32 (65535 or -1 =
-                              none), scores [m, n] float16, the CRC-32 of the image file
+            labels-00000.npy  a record for each of the first `shard` images (00001: of the next):
+                              ids [m, n] uint16 or int32 (none = 65535 or -1), scores [m, n]
+                              float16, crc, the CRC-32 of the image file
     store[i] -> ids [m, n] int64 (-1 = none), scores [m, n] float32. Only the words are in memory.
     """
 
@@ -454,12 +459,12 @@ def digest(texts):
 
 
 def _manifest(samples):
-    """Which images, in which order."""
+    """A fingerprint of which images there are, in which order."""
     return digest(sample["image"] for sample in samples)
 
 
 def record_type(q, m, n):
-    """Of one image in a store: q words, m patches, n labels."""
+    """The numpy type of an image's record in a store of q words, m patches, n labels."""
     return np.dtype(
         [
             ("ids", np.uint16 if q < 65535 else np.int32, (m, n)),
@@ -540,14 +545,15 @@ def extract(
 
     encoder: clip-l-336, clip-l-224, siglip-384, a folder, or MODEL/WEIGHTS of open_clip. path: how
     patches are read; by default `last` for OpenAI's weights, as in the paper, unless they come as a
-    folder, and `value` for everything else. sign: by default -1 for `last`, 1 for the rest. center:
-    subtract the mean word from all words. n: labels per patch, at most. mass: if below 1, keep the
-    first labels that hold this share of the probability among the n. shard: images per file, the
-    most work an interruption can lose. dtype: by default bfloat16 on a GPU.
+    folder; for all others `value`, or the only path they have. sign: by default 1, but -1 for
+    `last` unless the tower averages its patches. center: subtract the mean word from all
+    words. n: labels per patch, at most. mass: if below 1, keep a patch's best labels only until
+    they hold this share of the probability among its n. shard: images per file, the most work an
+    interruption can lose. dtype: by default bfloat16 on a GPU.
     """
     settings = dict(locals())
     _check_flags(**settings)
-    _use_full_precision()  # nearest_words does it too, but after the encoder's first batch
+    _use_full_precision()  # before the encoder's first batch, so that all are computed alike
 
     rank = int(os.environ.get("RANK", 0))  # both set by torchrun
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -568,11 +574,12 @@ def extract(
     missing = [k for k in range(rank, len(files), ranks) if not files[k].exists()]
     batches = [batch.tolist() for k in missing for batch in shards[k].split(batch_size)]
     labelled = _label(folder, meta, clip, samples, batches, workers)
+    # One (ids, scores, crc) for each image
     labelled_images = itertools.chain.from_iterable(zip(*batch) for batch in labelled)
-    record = record_type(len(words), math.prod(meta["grid"]), n)
+    record_dtype = record_type(len(words), math.prod(meta["grid"]), n)
     for k in tqdm(missing, f"labelling (rank 0 of {ranks})", disable=rank > 0):
         records = list(itertools.islice(labelled_images, len(shards[k])))
-        _write(files[k], np.array(records, record))  # in uint16, -1 becomes 65535
+        _write(files[k], np.array(records, record_dtype))  # in uint16, -1 becomes 65535
 
 
 def _check_flags(prompt, n, min_score, mass, batch_size, shard, **_):
@@ -593,8 +600,8 @@ def _rank_device():
 
 
 def _resolve(settings, samples, words, clip):
-    """meta.json: the flags of extract, but for those that change no label, with their defaults
-    resolved, and fingerprints of what they name."""
+    """The content of meta.json: the flags of extract with their defaults filled in, without those
+    that change no label, and fingerprints of the data, words and weights."""
     meta = settings | encoder_preprocess(clip)
     for flag in ("out", "batch_size", "workers"):
         del meta[flag]
@@ -614,11 +621,11 @@ def _resolve(settings, samples, words, clip):
         sign=meta["sign"] or default_sign(clip, meta["path"]),
         dtype=meta["dtype"] or ("bfloat16" if blank.is_cuda else "float32"),
     )
-    return json.loads(json.dumps(meta))  # as it will be read again
+    return json.loads(json.dumps(meta))  # tuples become lists, as when it is read
 
 
 def _start_store(folder, meta, words, clip):
-    """Describe a new store and embed its words, or continue one of the same settings."""
+    """Write meta.json, words.txt and, if missing, words.npy; refuse a store of other settings."""
     if (folder / "meta.json").exists():
         _read_meta(folder, **meta)
     elif any(folder.glob("*.npy")):
@@ -640,13 +647,13 @@ def _autocast(clip, meta):
 
 
 def _label(folder, meta, clip, samples, batches, workers=0):
-    """Eq. 6 and 8 with the settings and words of a store: yield for each batch, a list of rows of
-    samples, the arrays ids and scores [B, m, n] and the CRCs of the B image files."""
+    """Eq. 6 and 8 with the settings and words of a store. batches: lists of sample indices.
+    Yields for each batch the arrays ids and scores [B, m, n] and the CRCs of the B image files."""
     word_embeds = torch.tensor(_load(folder / "words.npy"), device=clip.logit_scale.device)
     if meta["center"]:
         word_embeds = F.normalize(word_embeds - word_embeds.mean(0), dim=-1)
-    load = functools.partial(_load_images, meta)
-    loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=load)
+    collate = functools.partial(_load_images, meta)
+    loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=collate)
     for pixels, crcs in loader:
         with _autocast(clip, meta):
             patches = patch_embeddings(clip, pixels.to(word_embeds.device), meta["path"])
@@ -657,13 +664,13 @@ def _label(folder, meta, clip, samples, batches, workers=0):
         )
         if meta["mass"] < 1:
             ids, scores = most_likely(ids, scores, meta["mass"], clip.logit_scale.exp())
-        of_images = patches.shape[:2]
-        ids = ids.unflatten(0, of_images).cpu().numpy()
-        yield ids, scores.unflatten(0, of_images).cpu().numpy(), crcs
+        batch_shape = patches.shape[:2]  # B, m
+        ids = ids.unflatten(0, batch_shape).cpu().numpy()
+        yield ids, scores.unflatten(0, batch_shape).cpu().numpy(), crcs
 
 
 def _load_images(meta, samples):
-    """The pixels [B, 3, S, S] of the images of samples and the CRCs of their files."""
+    """Read the images of a batch of samples -> pixels [B, 3, S, S] and the CRCs of the files."""
     folder = Path(meta["image_folder"])
     images, crcs = zip(*(read_image(folder / sample["image"]) for sample in samples))
     preprocess = {key: meta[key] for key in ("size", "mode", "mean", "std")}
@@ -679,7 +686,7 @@ def most_likely(ids, scores, mass, scale):
     logits = (scale * scores).masked_fill(ids < 0, -torch.inf)
     probability = torch.softmax(logits, dim=-1)
     held_before = probability.cumsum(-1) - probability
-    cleared = held_before >= mass
+    cleared = held_before >= mass  # False for NaN, that is for a patch without labels
     return ids.masked_fill(cleared, -1), scores.masked_fill(cleared, 0)
 
 
@@ -694,11 +701,11 @@ def show(
     data: str = "",
     image_folder: str = "",
 ):
-    """Print statistics of the labels of 500 images, and draw some beside their patches' top words.
+    """Print statistics of up to 500 images' labels, and draw some beside their patches' top words.
 
-    images: how many to draw. truth: a JSON file of true words, as toy.py writes it: print which
-    share of the top words is true, of these labels and of each path and sign that the encoder has.
-    data, image_folder: if they have moved.
+    images: how many to draw, at most. truth: a JSON file of true words, as toy.py writes it; with
+    it, print the share of top words that are true: first of these labels, then of new labels by
+    each path and sign of the encoder. data, image_folder: if they have moved.
     """
     from figures import draw_words
 
@@ -760,8 +767,9 @@ def _print_statistics(store, ids, scores, top_words):
     )
     if not 0.01 < is_label.mean() < 0.99:
         print(
-            f"warning: min_score {store.meta['min_score']} lets {is_label.mean():.1%} of the words "
-            "pass; look at the scores above; try another --min_score, --center, --sign or --path"
+            f"warning: min_score {store.meta['min_score']} lets {is_label.mean():.1%} of the n "
+            "nearest words pass; look at the scores above; try another --min_score, --center, "
+            "--sign or --path"
         )
 
 

@@ -1600,7 +1600,7 @@ def test_show_warns_where_min_score_decides_nothing(red_and_blue, tmp_path, caps
     main(["show", "--labels", str(folder), "--out", f"{tmp_path}/out.png"])
     printed = capsys.readouterr().out
     assert f"{share} of the patches" in printed
-    assert f"warning: min_score 0.1 lets {share} of the words pass" in printed
+    assert f"warning: min_score 0.1 lets {share} of the n nearest words pass" in printed
     assert (" 0.0 bits" in printed) and f"{int(word >= 0)} different top words" in printed
 
 
