@@ -9,9 +9,9 @@
     python eval.py figures --model out/toy --baseline out/toy_baseline      Figures 2, 3 and 5
 
 --model takes the --out_dir of a training run, its model/, one of its checkpoints, or any Hugging
-Face Llava model. tacs, gap and words look at captions and words of the run's config.json (its
-held-out captions if it has any), unless flags name others. Results are appended to the run's
-eval.jsonl, which `figures` reads. Dimensions as in loss.py.
+Face Llava model. By default, tacs, gap and words measure on the captions and words of the training
+run, on its held-out captions if it has any. Results are appended to the run's eval.jsonl, which
+`figures` reads. Dimensions as in loss.py.
 """
 
 import collections
@@ -64,8 +64,8 @@ def tacs(x_v, x_t, k=10):
 def modality_gap(x_v, word_features):
     """D (Eq. 5): mean distance of visual tokens to their nearest word. [P, D], [q, D] -> scalar."""
     parts = word_features.split(4096)  # [P, q] distances at once would not fit in memory
-    nearest = torch.stack([torch.cdist(x_v.float(), words.float()).amin(1) for words in parts])
-    return nearest.amin(0).mean()
+    minima = [torch.cdist(x_v.float(), words.float()).amin(1) for words in parts]
+    return torch.stack(minima).amin(0).mean()
 
 
 def nearest_word(x_v, word_features):
@@ -77,14 +77,15 @@ def nearest_word(x_v, word_features):
 
 @torch.no_grad()
 def alignment_sums(model, dataset, device):
-    """Sums over a LlavaDataset -> [TACS, samples with an image, L_g (Eq. 3), trained tokens].
+    """Sums over a LlavaDataset -> [TACS of all images, images, loss of all tokens, trained tokens].
 
-    model: a SEAModel, or what DDP or FSDP made of one.
+    The loss is L_g (Eq. 12) before it is divided by the trained tokens. model: a SEAModel, or what
+    DDP or FSDP made of one.
     """
     sums = torch.zeros(4, dtype=torch.float64)
     for i in range(len(dataset)):
         batch = to_device(collate([dataset[i]], pad_id=0), device)  # one sample: no padding
-        out = model(**batch, num_targets=1)  # a mean over one target: the sum over tokens
+        out = model(**batch, num_targets=1)  # divided by 1, loss_g stays a sum over tokens
 
         is_trained = batch["targets"] != IGNORE
         x_v = out["inputs"][out["is_image"]]
@@ -113,12 +114,12 @@ class Run(NamedTuple):
 
 def find_run(path):
     """The Run of an out_dir, its model/, a checkpoint, or any Llava model."""
-    found = find_model(path).resolve()
-    for folder in found.parents:
+    model_folder = find_model(path).resolve()
+    for folder in model_folder.parents:
         if (folder / "metrics.jsonl").is_file():
             config = json.loads((folder / "config.json").read_text())
             last_step = read_json_lines(folder / "metrics.jsonl")[-1]["step"]
-            return Run(path, folder, config, step_in(found.name) or last_step)
+            return Run(path, folder, config, step_in(model_folder.name) or last_step)
     return Run(path)
 
 
@@ -139,7 +140,7 @@ def save_result(run, result):
 
 
 def find_captions(run, data, image_folder):
-    """-> data and image_folder, by default those of the run: held out, or else trained on."""
+    """-> data and image_folder, by default the run's held-out captions, else its training data."""
     config = run.config
     if not data and config.get("stage") == "pretrain":  # stage 2's data are no captions
         data = config["val_data"] or config["data"]
@@ -154,10 +155,10 @@ def find_captions(run, data, image_folder):
 def open_captions(run, data, image_folder, samples):
     """-> the SEAModel of a Run, and a LlavaDataset of the first `samples` of find_captions."""
     data, image_folder = find_captions(run, data, image_folder)
-    captions = list(itertools.islice(load_samples(data), samples))
+    first_samples = list(itertools.islice(load_samples(data), samples))
     model = open_model(run)
     return model, LlavaDataset(
-        captions, image_folder, model.preprocess, model.tokenizer, model.image_tokens
+        first_samples, image_folder, model.preprocess, model.tokenizer, model.image_tokens
     )
 
 
@@ -229,8 +230,8 @@ def eval_words(
     """Nearest word of every visual token, as in Figure 1a: the shares of the most frequent words.
 
     words, data and image_folder are by default those of --model, for the baseline too. truth: a
-    truth.json, for the share of true words. out: a picture of `images` images, each as it is, with
-    the words of the baseline, and with those of the model.
+    truth.json, for the share of true words. out: a picture with a row for each of the first
+    `images` images: without words, with those of the baseline, and with those of the model.
     """
     runs = [find_run(path) for path in (baseline, model) if path]
     word_list = find_words(runs[-1], words)
@@ -239,25 +240,25 @@ def eval_words(
     for run in runs:
         sea, captions = open_captions(run, data, image_folder, samples)
         nearest = nearest_word(encode_images(sea, captions), encode_words(sea, word_list))
-        found = np.array(word_list)[nearest.cpu()].reshape(len(captions), -1).tolist()
+        found = np.array(word_list)[nearest.view(len(captions), -1).cpu()].tolist()  # [images][m]
         words_of_runs.append(found)
 
-        counts = collections.Counter(itertools.chain(*found))
-        shares = {word: round(n / counts.total(), 3) for word, n in counts.most_common(8)}
-        result = {"words": shares}
+        counts = collections.Counter(itertools.chain(*found)).most_common(8)
+        result = {"words": {word: round(n / nearest.numel(), 3) for word, n in counts}}
         if truth:
             files = [sample["image"] for sample in captions.samples]
             result["true"] = true_share(truth, dict(zip(files, found)))
         print(run.path)
         save_result(run, result)
 
+    # The images as the last run, that of --model, sees them, but not normalized.
     unscaled = sea.preprocess | {"mean": (0, 0, 0), "std": (1, 1, 1)}
     captions = dataclasses.replace(captions, preprocess=unscaled)
     pictures = []
     for i in range(min(images, len(captions))):
         pixels = captions[i]["pixels"]
         pictures.append((pixels, []))
-        pictures += [(pixels, found[i]) for found in words_of_runs]
+        pictures += [(pixels, words_of_images[i]) for words_of_images in words_of_runs]
     draw_words(pictures, sea.grid, 1 + len(words_of_runs), out)
     return result
 
@@ -321,9 +322,9 @@ def normalize(text):
 
 
 def chosen(text, choices):
-    """The index of the choice that an answer names, or None.
+    """The index of the choice that an answer names, by its text or else by its letter, or None.
 
-    By its text or, if it is no choice's, by its letter: "B", "(B)", "B. a cat".
+    An answer with the letter may be "B", "(B)" or "B. a cat".
     """
     texts = [normalize(str(choice)) for choice in choices]
     if normalize(text) in texts:
@@ -350,7 +351,7 @@ def eval_pope(
     and label), or a folder of them. LLaVA and the paper report the mean F1 over the files.
     """
     files = sorted(Path(data).glob("*.json*")) or [Path(data)]
-    rows_of = {file.stem: read_pope(file) for file in files}
+    rows_of = {file.stem: read_pope(file) for file in files}  # all checked before any is asked
     run = find_run(model)
     sea = open_model(run)
     result = {}
@@ -361,7 +362,7 @@ def eval_pope(
         result[name] = pope_metrics(said_yes, [row["label"] == "yes" for row in rows])
 
     mean = {}
-    for metric in result[name]:
+    for metric in result[name]:  # every file has the same metrics
         mean[metric] = np.mean([metrics[metric] for metrics in result.values()])
     return save_result(run, {"pope": mean | result})
 
@@ -423,7 +424,10 @@ def eval_vqa(
 
 
 def vqa_question(sample, prompt):
-    """A sample cut down to its first question, as it is asked, and with its "true" answer."""
+    """A sample that ends with its first question, to which its choices and the prompt are added.
+
+    It gets two keys: "question", this text, and "true", the answer in the data.
+    """
     turns = sample["conversations"]
     first = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
     question = turns[first]["value"].replace(IMAGE_TOKEN, "").strip()
@@ -456,8 +460,8 @@ def chat(model: str, image: str = "", max_new_tokens: int = 512):
 
 # -------------------------------------------------------------------------------- commands: figures
 
-# Names of the measures that figures show: TACS, and one score of each benchmark ("mmlu all"), but
-# no shares of words ("true all").
+# Names of the measures that figures show: TACS, POPE's F1, and "... all" of each benchmark, but not
+# what eval_words finds: "true all" and, if the word "all" is frequent, "words all".
 SCORES = r"(val_)?tacs|pope f1|(?!words |true ).* all"
 
 
@@ -482,24 +486,25 @@ def figures(
         run = find_run(path)
         if not run.folder:
             raise UserError(f"{path}: not of a training run, whose metrics.jsonl can be drawn")
-        histories[kind] = [history(run.folder)]
+        histories[kind] = history(run.folder)
         if data or run.config["stage"] == "pretrain":
             groups[kind] = token_groups(run, data, image_folder, samples)
     if groups:
         draw_tsne(groups, f"{out}/tsne.png")
 
-    measures = {name: name for name in histories["SEA"][0] if re.fullmatch(SCORES, name)}
-    draw_curves(histories, measures, f"{out}/curves.png")
+    measures = {name: name for name in histories["SEA"] if re.fullmatch(SCORES, name)}
+    seeds = {kind: [values] for kind, values in histories.items()}  # a list of one
+    draw_curves(seeds, measures, f"{out}/curves.png")
     scores = {}
-    for kind, [steps_of] in histories.items():  # {measure: {step: value}}
-        names = [name for name in measures if name in steps_of and "tacs" not in name]
-        scores[kind] = {name: steps_of[name][max(steps_of[name])] for name in names}
+    for kind, values in histories.items():  # {measure: {step: value}}
+        names = [name for name in measures if name in values and "tacs" not in name]
+        scores[kind] = {name: values[name][max(values[name])] for name in names}  # the last step's
     draw_radar(scores, f"{out}/radar.png")
 
 
 @torch.no_grad()
 def token_groups(run, data="", image_folder="", samples=100):
-    """The tokens of Figure 2, each [N, D]: of images, of their captions, and all of the LLM's."""
+    """The embeddings of Figure 2, each [N, D]: of images, of all tokens, of captions' tokens."""
     sea, captions = open_captions(run, data, image_folder, samples)
     texts = [sample["conversations"][1]["value"] for sample in captions.samples]
     caption_ids = sea.tokenizer(texts, add_special_tokens=False).input_ids

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image, to_tensor
 from torchvision.utils import save_image
@@ -31,8 +32,8 @@ CELL = 48  # pixels along the side of a patch: room for a word
 def draw_words(pictures, grid, columns, file):
     """A sheet of pictures in `columns` columns, each patch in the colour of its word (Figure 1a).
 
-    pictures: (pixels [3, S, S] in 0..1, its m words), "" for a patch without a word. A picture with
-    no words at all, (pixels, []), shows the plain image. grid: (H, W) patches.
+    pictures: pairs of pixels [3, S, S] in 0..1 and a list of m words, "" for a patch without one.
+    An empty list leaves the image plain. grid: (H, W) patches.
     """
     counts = collections.Counter(word for _, words in pictures for word in words if word)
     by_frequency = sorted(counts, key=counts.get, reverse=True)
@@ -47,7 +48,7 @@ def draw_tile(pixels, words, grid, colors):
     H, W = grid
     image = to_pil_image(pixels.clamp(0, 1)).resize((W * CELL, H * CELL), Image.Resampling.LANCZOS)
     tile = Image.new("RGB", (W * CELL, (H + 1) * CELL + 8), "white")
-    tile.paste(image.convert("L") if words else image)
+    tile.paste(image.convert("L") if words else image)  # grey below the colors of words
     draw = ImageDraw.Draw(tile, "RGBA")
 
     for patch, word in enumerate(words):
@@ -62,13 +63,13 @@ def draw_tile(pixels, words, grid, colors):
 
 def draw_cell(draw, left, top, text, color):
     """A square of CELL pixels in a transparent color, with text in the middle."""
-    draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), color + "64")  # 40 % opaque
+    draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), color + "64")  # hex: 40 % opaque
     word = text.split("\n")[0]
     draw.text(
         (left + CELL / 2, top + CELL / 2),
         text,
         "white",
-        ImageFont.load_default(min(CELL / 4, 1.7 * CELL / len(word))),
+        ImageFont.load_default(min(CELL / 4, 1.7 * CELL / len(word))),  # long words are small
         anchor="mm",
         align="center",
         stroke_width=1,
@@ -82,16 +83,17 @@ def draw_cell(draw, left, top, text, color):
 def history(folder):
     """All measurements of a training run -> {measure: {step: value}}; later ones win.
 
-    From metrics.jsonl, eval.jsonl ({"pope": {"f1": ...}} is named "pope f1"), and the result files
-    of lmms-eval and lm-evaluation-harness anywhere in the folder ("mmlu all"), of the last step_N
-    in their path, else the run's last step.
+    They come from metrics.jsonl, from eval.jsonl ({"pope": {"f1": ...}} is named "pope f1"), and
+    from result files of lmms-eval and lm-evaluation-harness anywhere in the folder ("mmlu all").
+    A result file belongs to the step of the last step_N in its path, or else to the run's last.
     """
     folder = Path(folder)
     lines = read_json_lines(folder / "metrics.jsonl")
     last_step = lines[-1]["step"]
     if (folder / "eval.jsonl").exists():
         lines += read_json_lines(folder / "eval.jsonl")
-    for file in sorted(folder.rglob("*results*.json"), key=lambda file: file.name):  # by time
+    # The tools put the time into the name: a newer result of the same step comes later.
+    for file in sorted(folder.rglob("*results*.json"), key=lambda file: file.name):
         step = step_in(file.relative_to(folder)) or last_step
         lines.append({"step": step} | harness_scores(file))
 
@@ -107,8 +109,8 @@ def history(folder):
 def harness_scores(file):
     """A result file of lmms-eval or lm-evaluation-harness -> {task: {"all": score}}.
 
-    The score is the task's first metric whose name has CIDEr, pair or f1 in it, else its first
-    metric. Tasks that belong to a group are left out: the group has a score of its own.
+    The score is the first metric with CIDEr (captions), pair (MMVP) or f1 (POPE) in its name, or
+    else the task's first. Tasks that belong to a group are left out: the group has its own score.
     """
     scores = {}
     try:
@@ -136,13 +138,13 @@ def step_in(path):
 def draw_curves(runs, measures, file):
     """Measures over the steps of training, a panel each: mean over seeds, their range as a band.
 
-    runs: {kind: [history, one for each seed]}, measures: {measure: title}. Measures that a run has
-    at one step or none are left out.
+    runs: {kind: [history of each seed]}, measures: {measure: title}. Measures that any run has at
+    fewer than two steps are left out.
     """
     import matplotlib.pyplot as plt
 
-    histories = sum(runs.values(), [])
-    names = [name for name in measures if all(len(run.get(name, ())) > 1 for run in histories)]
+    all_seeds = sum(runs.values(), [])
+    names = [name for name in measures if all(len(seed.get(name, ())) > 1 for seed in all_seeds)]
     if not names:
         print(f"no {file}: it takes a measure at several steps of every run (--val_data)")
         return
@@ -170,15 +172,15 @@ def draw_radar(scores, file):
         print(f"no {file}: it takes three benchmarks that were measured for every run")
         return
 
-    values = np.array([[score[name] for name in names] for score in scores.values()])
+    values = np.array([[scores[kind][name] for name in names] for kind in scores])
     shares = values / values.max(0).clip(1e-9)
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
     figure, axes = plt.subplots(figsize=(8, 6), subplot_kw={"projection": "polar"})
     for i, kind in enumerate(scores):
         axes.fill(angles, shares[i], fill=False, edgecolor=f"C{i}", label=kind)
     labels = []
-    for name, column in zip(names, values.T):
-        labels.append(f"{name}\n" + " / ".join(f"{value:.3g}" for value in column))
+    for name, of_each_kind in zip(names, values.T):
+        labels.append(f"{name}\n" + " / ".join(f"{value:.3g}" for value in of_each_kind))
     axes.set_ylim(0, 1)
     axes.set_xticks(angles, labels)
     for label, angle in zip(axes.get_xticklabels(), angles):  # beside the circle, not over it
@@ -204,17 +206,17 @@ def draw_tsne(groups, file, max_points=1000):
     parts = []
     for tokens in groups.values():
         for x in tokens.values():
-            parts.append(x[:: math.ceil(len(x) / max_points)].float().cpu().numpy())
+            parts.append(x[:: math.ceil(len(x) / max_points)].float().cpu())
     tsne = TSNE(metric="cosine", init="random", random_state=0)
-    points = tsne.fit_transform(np.concatenate(parts))
-    places = iter(np.split(points, np.cumsum([len(part) for part in parts])))
+    points = torch.from_numpy(tsne.fit_transform(torch.cat(parts)))
+    points_of_parts = iter(points.split([len(part) for part in parts]))
 
     figure, panels = plt.subplots(1, len(groups), squeeze=False, figsize=(5 * len(groups), 5))
     for axes, (kind, tokens) in zip(panels[0], groups.items()):
         axes.set(title=kind, xticks=[], yticks=[])
         axes.set_prop_cycle(color=["tab:orange", "tab:blue", "gold"])
         for name in tokens:
-            axes.scatter(*next(places).T, s=8, label=name)
+            axes.scatter(*next(points_of_parts).T, s=8, label=name)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=3)
     save_figure(figure, file)
 
