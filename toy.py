@@ -1,4 +1,4 @@
-"""The zero-download world: images, captions, questions, truth of every patch, a tiny CLIP and LM.
+"""The zero-download world: drawn images with captions and questions, a tiny CLIP, a tiny LM.
 
     python toy.py build    # minutes on two CPU cores; train.py --preset toy does it where needed
     python toy.py report   # baseline against SEA over three seeds: the README's tables and figures
@@ -13,7 +13,7 @@ The toy is ordinary files, so that it goes through exactly the code of the full 
     words.txt, truth.json           the word list; the words that are true of each patch
     clip/, vision/                  CLIP for open_clip; its vision tower for transformers
     llm/                            a Llama with its tokenizer
-    labels/                         CLIP's labels of train.json's images; the report adds others
+    labels/                         CLIP's labels of train.json's images; the report adds labels_*
 
 CLIP is trained on whole images and text, never on the truth of a patch; the LM on text only.
 """
@@ -85,7 +85,7 @@ def two_workers():
 
 
 def start_worker():
-    """One thread; and end with the process that started this one, even if that one is killed."""
+    """Use one thread, and exit when the parent process ends, even if it is killed."""
 
     def end_with_parent():
         parent_process().join()
@@ -100,7 +100,7 @@ def ensure():
     if not Path("toy").exists():
         print("building the toy world in toy/, once; some minutes on two cores")
         build()
-    label("labels", n=1)  # CLIP's second word is nearly always wrong
+    label("labels", n=1)  # the best word only: CLIP's second is nearly always wrong
 
 
 def label(name, **settings):
@@ -141,9 +141,9 @@ COLORS = {
     "purple": "#8228aa",
     "black": "#19191c",
 }
-# where an object is white; patterns repeat within 8 pixels, so that every patch shows all of it
+# Where an object is white. Each repeats within 8 pixels, so that a patch shows the whole pattern.
 PATTERNS = {
-    "plain": X < 0,
+    "plain": X < 0,  # nowhere
     "striped": Y % 4 < 2,
     "dotted": (X % 4 < 2) & (Y % 4 < 2),
     "checked": (X // 4 + Y // 4) % 2 == 0,
@@ -167,8 +167,9 @@ SHOWN = (*COLORS, *PATTERNS, *SHAPES, *BACKGROUNDS)
 NEVER_SHOWN = "dog cat tree house car road cloud river bird metal glass paper chair"
 WORDS = (*SHOWN, *NEVER_SHOWN.split())
 
-Thing = namedtuple("Thing", "color pattern shape x y size")  # x, y, size: of its bounding square
-# No two things of a scene share a color, pattern or shape, so that "the circle" is one.
+# An object of a scene. x, y, size: of its bounding square.
+Thing = namedtuple("Thing", "color pattern shape x y size")
+# No two things of a scene share a color, pattern or shape: only one can be "the circle".
 Scene = namedtuple("Scene", "things background")
 
 
@@ -180,11 +181,11 @@ def make_scene(rng):
     taken = np.zeros((SIDE, SIDE), bool)
     things = []
     for words in zip(*names):
-        for _ in range(30):  # a crowded scene keeps fewer objects
+        for _ in range(30):  # tries; an object that finds no room is left out
             size = rng.randint(*sizes)
             x = rng.randint(0, SIDE - size)
             y = rng.randint(0, SIDE - size)
-            room = taken[y : y + size + 1, x : x + size + 1]
+            room = taken[y : y + size + 1, x : x + size + 1]  # a view
             if not room.any():
                 room[:] = True
                 things.append(Thing(*words, x, y, size))
@@ -227,15 +228,16 @@ def render(scene, rng):
 def patch_truth(scene):
     """{"object": {patch: words}, "background": {patch: words}}, patch = 8 row + column.
 
-    A patch at least half covered by an object shows its color and pattern (a shape does not show in
-    a single patch), one that is at least 90 % background shows that. The others are not judged.
+    A patch at least half covered by an object has its color and pattern (a shape does not show in a
+    single patch); one that is at least 90 % background has the background's word; others have none.
     """
     truth = {"object": {}, "background": {}}
     masks = np.stack([shape_mask(thing) for thing in scene.things], axis=-1)
     covered = masks.reshape(GRID, PATCH, GRID, PATCH, -1).mean((1, 3))  # [8, 8, things]
     for patch, shares in enumerate(covered.reshape(GRID**2, -1)):
         if shares.max() >= 0.5:
-            truth["object"][patch] = scene.things[shares.argmax()][:2]
+            thing = scene.things[shares.argmax()]
+            truth["object"][patch] = [thing.color, thing.pattern]
         elif shares.sum() <= 0.1:
             truth["background"][patch] = [scene.background]
     return truth
@@ -247,8 +249,8 @@ def patch_truth(scene):
 def caption(scene, rng):
     """One sentence that names everything in a scene."""
     start = rng.choice(["", "", "a picture of ", "there is "])
-    things = " and ".join("a {} {} {}".format(*thing) for thing in scene.things)
-    return f"{start}{things} on {scene.background}."
+    things = [f"a {thing.color} {thing.pattern} {thing.shape}" for thing in scene.things]
+    return f"{start}{' and '.join(things)} on {scene.background}."
 
 
 def scene_words(scene):
@@ -258,7 +260,7 @@ def scene_words(scene):
 
 
 def questions(scene, rng):
-    """Four pairs (question, answer) of different kinds; yes and no are equally likely."""
+    """Four pairs (question, answer), of ten kinds; yes and no are equally likely."""
     thing = rng.choice(scene.things)
     count = ("one", "two", "three")[len(scene.things) - 1]
     asked = [
@@ -283,10 +285,10 @@ def questions(scene, rng):
 
 
 def description(scene, rng):
-    """A scene in words, in the place of its image: phrases, or up to 40 words in any order.
+    """A text that takes the place of the image: phrases, or up to 40 words in any order.
 
-    It is not one word for each patch: then the adapter would have to write words, and SEA would
-    have nothing to mend. It ends with a newline, as images do.
+    It does not have one word for each patch: an LM used to that would make any adapter write words,
+    and SEA would have nothing to mend. It ends with the newline that follows <image> in prompts.
     """
     if rng.random() < 0.5:
         wordings = ("a {0} {1} {2}", "a {2}, {0} and {1}", "a {1} {0} {2}")
@@ -319,7 +321,7 @@ def conversation(question, answer):
 
 
 def write_world(folder, images, seed):
-    """Draw the images and write everything that is not a model. images: for training."""
+    """Draw the images and write everything that is not a model. images: how many to train on."""
     truth = {}
     files = defaultdict(list)
     for split, count in (("train", images), ("val", 250)):
@@ -336,8 +338,9 @@ def write_world(folder, images, seed):
             for k, (question, answer) in enumerate(asked):
                 turns = conversation(f"<image>\n{question}", answer)
                 row = {"id": f"{split}-{i}-{k}", "image": image, "conversations": turns}
-                files[f"{split}_qa" if k else split].append(row)
-            # the last question again, about words
+                name = split if k == 0 else f"{split}_qa"  # the caption comes first
+                files[name].append(row)
+            # the last question again, about a description instead of the image
             turns = conversation(description(scene, rng) + question, answer)
             files[f"{split}_text"].append({"id": f"{split}-{i}-text", "conversations": turns})
             for field in FIELDS:
@@ -346,7 +349,7 @@ def write_world(folder, images, seed):
     for name, rows in files.items():
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
     (folder / "pope").mkdir()
-    for field, rows in pope.items():  # of the last split, val
+    for field, rows in pope.items():  # only val's: it is the last split
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"pope/toy_pope_{field}.json").write_text(lines)
     (folder / "truth.json").write_text(json.dumps(truth))
@@ -383,8 +386,8 @@ CLIP = {  # what clip/open_clip_config.json holds
 def train_clip(folder, seed, steps):
     """Contrastive training on images and text; writes clip/ and vision/.
 
-    What makes single patches mean something: the image embedding is their average, and three
-    quarters of them are dropped in training, so that each must speak for what it shows.
+    Single patches learn what they show because the image embedding is their average, and because
+    three quarters of them are dropped in training, so that none can rely on the others.
     """
     import open_clip
 
@@ -420,6 +423,7 @@ def train_clip(folder, seed, steps):
 def clip_text(text, rng):
     """A caption or a part of it: CLIP has to know single words as well as sentences."""
     words = [word for word in text.rstrip(".").split() if word in WORDS]
+    # three words for each thing, and the background last
     start = 3 * rng.randrange(len(words) // 3)
     color, pattern, shape = words[start : start + 3]
     word = rng.choices([color, pattern, shape, words[-1]], [0.3, 0.3, 0.1, 0.3])[0]
@@ -468,12 +472,12 @@ def export_vision(weights, folder):
     }
     state = {}
     for key, value in weights.items():
-        for ours, theirs in renames.items():
-            key = key.replace(ours, theirs)
+        for old, new in renames.items():
+            key = key.replace(old, new)
         if "in_proj" in key:  # open_clip keeps q, k and v in one matrix
             for letter, part in zip("qkv", value.chunk(3)):
                 state[key.replace("in_proj_", f"{letter}_proj.")] = part
-        elif key != "proj":  # into CLIP's joint space; the tower ends before it
+        elif key != "proj":  # the map into CLIP's joint space, which the tower lacks
             state[key] = value
     tower = CLIPVisionModel(config)
     tower.load_state_dict(state)
@@ -536,14 +540,15 @@ def make_tokenizer(corpus):
 
 
 def document(tokenizer, rng):
-    """A description, then a list of what is in it, its caption or a chat -> ids, loss weights [T].
+    """One training text of the LM -> ids, loss weights [T].
 
+    A description, followed by words with "yes" or "no", by the scene's caption, or by a chat.
     Descriptions and questions, which cannot be foreseen, would drown the answers at full weight.
     """
     scene = make_scene(rng)
     kind = rng.random()
     described = description(scene, rng)
-    # An answer stands between two bars in `text`
+    # in `text` an answer stands between two bars
     if kind < 0.25:  # without such lists, yes and no take far longer to learn
         true = scene_words(scene)
         words = rng.sample(SHOWN, 12)
@@ -587,7 +592,7 @@ def train_lm(folder, seed, steps):
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    # words far apart, as those of large LMs
+    # far apart, as the word embeddings of large LMs are
     model.model.embed_tokens.weight.data.normal_(0, 0.1)
     for layer in model.model.layers:
         # "mimetic": a token attends to its like and passes on what it finds; saves many steps
@@ -648,7 +653,7 @@ def report(seeds: int = 3, out: Path = Path("out/report")):
     of the toy or the code.
     """
     import matplotlib  # noqa: F401
-    import sklearn  # noqa: F401  better missed now than after the training
+    import sklearn  # noqa: F401  fails here rather than after the training
 
     ensure()
     label("labels_n10", n=10)
@@ -691,7 +696,7 @@ def run_script(run, script):
 
 def true_labels():
     """Make the label store labels_truth, of the true words of each patch instead of CLIP's."""
-    label("labels_truth", n=2, shard=10**6)  # in one file
+    label("labels_truth", n=2, shard=10**6)  # one file for all images
     file = "toy/labels_truth/labels-00000.npy"
     records = np.load(file)
     records["ids"] = 65535  # none
@@ -755,7 +760,8 @@ def print_table(runs, measures):
     for measure, title in measures.items():
         row = f"| {title} |"
         for variant, histories in runs.items():
-            values = [seed[measure][max(seed[measure])] for seed in histories]
+            curves = [seed_history[measure] for seed_history in histories]  # {step: value} each
+            values = [curve[max(curve)] for curve in curves]
             means[variant][title] = np.mean(values)
             row += f" {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) |"
         print(row)
