@@ -4,8 +4,8 @@
     python train.py --stage finetune --world_size 8 --fsdp --dry_run
     python bench.py words               labels.nearest_words against the bare matrix product
 
-For a plan the model is built on the meta device: config, tokenizer and preprocessor files are read,
-weights are not, and nothing is written. Counts are exact. Memory is estimated by the formulas
+To plan a run, the model is built on the meta device: config, tokenizer and preprocessor files are
+read, weights are not, and nothing is written. Counts are exact. Memory is estimated by the formulas
 below, for bf16 on GPUs unless --dtype float32.
 """
 
@@ -23,7 +23,7 @@ from data import UserError, cli, load_samples, run_command
 from labels import nearest_words
 from model import find_model, new_model, part_names
 
-# Samples of the files that the recipes name, for a plan before the download (two of them, about).
+# Number of samples in the recipes' files, to plan before the download. The last two are rounded.
 SAMPLES = {
     "blip_laion_cc_sbu_558k.json": 558_128,
     "llava_v1_5_mix665k.json": 665_298,
@@ -31,7 +31,7 @@ SAMPLES = {
     "Cambrian7M_withsystemprompt.jsonl": 7_070_000,
 }
 TEXT_LENGTH = {"pretrain": 64, "finetune": 512}  # text positions of a typical sample
-TRAINED_SHARE = {"pretrain": 1.0, "finetune": 0.5}  # of them
+TRAINED_SHARE = {"pretrain": 1.0, "finetune": 0.5}  # of them, how many are targets
 LABELS = 10  # per patch, the default of labels.py extract
 
 # ----------------------------------------------------------------------------- the plan
@@ -49,7 +49,7 @@ def plan(cfg, ranks, pretrain_cfg):
     with torch.device("meta"):
         model = new_model(vision, llm, dtype if is_pretrain else torch.float32)
     weights = sum(p.nbytes for p in model.parameters())
-    cpu = {"while loading": weights * min(ranks, 8)}  # each of a node's ranks holds all of them
+    cpu = {"while loading": weights * min(ranks, 8)}  # a node has up to 8 ranks; each loads all
     model.log_scale.requires_grad_(cfg.sea_weight > 0)
     if not is_pretrain:
         model.thaw_llm(cfg.tune_vision, dtype)
@@ -73,18 +73,18 @@ def plan(cfg, ranks, pretrain_cfg):
 
 
 def find_parts(cfg, pretrain_cfg):
-    """-> vision tower, LLM, and a text that says where their names are from."""
+    """The names of the vision tower and the LLM, and a text that says where they come from."""
     if cfg.stage == "pretrain" or (cfg.vision and cfg.llm):
         return cfg.vision, cfg.llm, "as given"
-    if not Path(cfg.init).is_dir():
-        names = {"vision": pretrain_cfg.vision, "llm": pretrain_cfg.llm}
-        origin = f"{cfg.init} is no folder, so stage 1's defaults; or give --vision and --llm"
-    else:
+    if Path(cfg.init).is_dir():
         folder = find_model(cfg.init)
         if not (folder / "adapter.safetensors").is_file():
             raise UserError(f"{folder}: a Llava model; for its plan add --vision and --llm")
         names = part_names(folder)
         origin = f"of {folder}"
+    else:
+        names = {"vision": pretrain_cfg.vision, "llm": pretrain_cfg.llm}
+        origin = f"{cfg.init} is no folder, so stage 1's defaults; or give --vision and --llm"
     return cfg.vision or names["vision"], cfg.llm or names["llm"], origin
 
 
@@ -120,23 +120,23 @@ def plan_steps(cfg, ranks, image_tokens):
 
 
 def plan_disk(cfg, steps, params, dtype, image_tokens):
-    """{name: bytes}"""
+    """What the run's files take: {name: bytes}."""
     is_pretrain = cfg.stage == "pretrain"
     trained = params["trained"]["total"]
-    model = 4 * trained if is_pretrain else 0  # the adapter, in float32
+    model_bytes = 4 * trained if is_pretrain else 0  # the adapter, in float32
     if cfg.export or not is_pretrain:
-        model += dtype.itemsize * params["all"]["total"]  # the Llava folder
-    checkpoint = 12 * trained + model  # a weight and two moments in float32
+        model_bytes += dtype.itemsize * params["all"]["total"]  # the Llava folder
+    checkpoint = 12 * trained + model_bytes  # 12: a weight and two moments in float32
     saved = steps["steps"] // cfg.save_every if cfg.save_every else 0
     disk = {
         "a checkpoint": checkpoint,
         "checkpoints that stay": checkpoint * min(saved, cfg.keep or saved),
-        "model": model,
+        "model": model_bytes,
     }
     if cfg.sea_weight > 0:
-        labels = steps["samples"] * image_tokens * LABELS
-        disk["labels"] = 4 * labels  # ids in uint16, scores in fp16
-        disk["labels of 65,535 words or more"] = 6 * labels  # ids in int32
+        label_count = steps["samples"] * image_tokens * LABELS
+        disk["labels"] = 4 * label_count  # ids in uint16, scores in fp16
+        disk["labels of 65,535 words or more"] = 6 * label_count  # ids in int32
     return disk
 
 
@@ -156,10 +156,10 @@ def gpu_memory(cfg, model, ranks, positions):
     """Bytes on one GPU as backward begins, by part. positions: of a sample, image included.
 
     frozen: weights in the compute dtype. trained, gradients, moments: 4, 4 and 8 bytes for each
-    trained weight. --fsdp divides these by the ranks.
+    trained weight. --fsdp divides these four by the ranks.
     copies: autocast's bf16 copy of each trained weight, or what --fsdp gathers.
     activations: what all blocks keep; with --grad_checkpoint, their inputs and what one keeps.
-    logits: of trained positions, with log-probabilities and two gradients.
+    logits: of trained positions, their log-probabilities in fp32, and the gradients of both.
     Left out: some GiB for the CUDA context, the allocator's gaps and the kernels' buffers.
     """
     size = 4 if cfg.dtype == "float32" else 2  # bytes of a number in the compute dtype
@@ -182,10 +182,10 @@ def gpu_memory(cfg, model, ranks, positions):
 
 
 def gathered_bytes(model, size):
-    """What FSDP2 holds whole for a time: two blocks, and all that is in no block.
+    """What FSDP2 holds unsharded: the block in use, the next block, and all that is in no block.
 
-    Weights in the compute dtype; gradients of trained weights in that dtype and in fp32, of one
-    block at a time.
+    Their weights, in the compute dtype; and for all but the next block the gradients of trained
+    weights, in that dtype and in fp32.
     """
     outside = numel(model.parameters())
     trained_outside = numel(model.parameters(), trained=True)
@@ -211,17 +211,20 @@ def activation_bytes(cfg, model, positions, size):
     for blocks, width, length in parts:
         rows = cfg.batch_size * length
         kept += [rows * kept_bytes(block, width, size) for block in blocks]
-        # Between blocks, numbers have the dtype of the weights, which only FSDP casts.
+        # The residual stream has the dtype of the weights: FSDP casts them, autocast only copies.
         itemsize = size if cfg.fsdp else next(blocks[0].parameters()).itemsize
         inputs += rows * width * len(blocks) * itemsize
-    return inputs + max(kept) if cfg.grad_checkpoint else sum(kept)
+    if cfg.grad_checkpoint:
+        return inputs + max(kept)
+    return sum(kept)
 
 
 def kept_bytes(block, width, size):
     """Bytes that a transformer block keeps for backward, for each position.
 
-    The input of each norm in fp32. `size` bytes for each number that a matrix puts out, once more
-    for the widest (the activation's output), and for each that goes into a trained matrix.
+    The input of each norm, in fp32. In the compute dtype, `size` bytes a number: the output of each
+    matrix, the input of each trained matrix, and once more the widest of them, for the output of
+    the activation function.
     """
     names = [name for name, _ in block.named_parameters()]
     norms = sum("norm" in name and name.endswith("weight") for name in names)
@@ -240,24 +243,25 @@ def time_search(
 ):
     """Time nearest_words against the bare products of the same shapes, and faiss if installed.
 
-    Medians (least to most) over repeats in turn, of random unit vectors.
+    Random unit vectors are searched. The searches take turns; for each are printed its median time
+    and the median (least to greatest) of nearest_words' time divided by its time in the same turn.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    v = F.normalize(torch.randn(patches, dim, device=device), dim=-1)
-    t = F.normalize(torch.randn(words, dim, device=device), dim=-1)
-    half_v = v.bfloat16()
-    half_t = t.bfloat16()
+    patch_embeds = F.normalize(torch.randn(patches, dim, device=device), dim=-1)
+    word_embeds = F.normalize(torch.randn(words, dim, device=device), dim=-1)
+    bf16_patches = patch_embeds.bfloat16()
+    bf16_words = word_embeds.bfloat16()
     searches = {
-        "nearest_words": lambda: nearest_words(v, t, n, 1),
-        "product in float32": lambda: multiply(v, t),
-        "product in bfloat16": lambda: multiply(half_v, half_t),
+        "nearest_words": lambda: nearest_words(patch_embeds, word_embeds, n, sign=1),
+        "product in float32": lambda: multiply(patch_embeds, word_embeds),
+        "product in bfloat16": lambda: multiply(bf16_patches, bf16_words),
     }
     try:
         import faiss
 
         index = faiss.IndexFlatIP(dim)
-        index.add(t.cpu().numpy())
-        searches["faiss.IndexFlatIP, CPU"] = lambda: index.search(v.cpu().numpy(), n)
+        index.add(word_embeds.cpu().numpy())
+        searches["faiss.IndexFlatIP, CPU"] = lambda: index.search(patch_embeds.cpu().numpy(), n)
     except ImportError:
         print("faiss is not installed (pip install faiss-cpu): left out")
 
@@ -279,11 +283,12 @@ def time_search(
     return seconds
 
 
-def multiply(v, t, block=8192):
-    """All products of v's rows with t's, block by block: together they might not fit in memory."""
-    products = v.new_empty(len(v), block)  # one for all blocks, as memory is slow to get
-    for words in t.split(block):
-        torch.mm(v, words.T, out=products[:, : len(words)])
+def multiply(patch_embeds, word_embeds, block=8192):
+    """All products of the rows of both, block by block: together they might not fit in memory."""
+    # allocating is slow: one buffer serves all blocks
+    products = patch_embeds.new_empty(len(patch_embeds), block)
+    for rows in word_embeds.split(block):
+        torch.mm(patch_embeds, rows.T, out=products[:, : len(rows)])
 
 
 def main(argv=None):
