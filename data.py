@@ -95,6 +95,11 @@ class JsonLines:
             return json.loads(lines.readline())
 
 
+def append_json_line(file, content):
+    with open(file, "a") as f:
+        f.write(json.dumps(content) + "\n")
+
+
 def read_json_lines(file):
     """The objects of a small file that holds one on each line, such as metrics.jsonl."""
     lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -113,7 +118,7 @@ def _parse(text, file, line=None):
 def image_of(sample):
     """The image path of a sample, or None. Cambrian writes '', "None" or "nan" for no image."""
     image = sample.get("image")
-    return image if isinstance(image, str) and image.lower() not in ("", "none", "nan") else None
+    return None if str(image).lower() in ("", "none", "nan") else image
 
 
 def sample_length(sample):
@@ -140,8 +145,13 @@ def check_sample(sample, captions, where):
             raise UserError(
                 f'{where}: each turn of "conversations" needs the strings "from" and "value"'
             )
-    image = sample.get("image")
-    if isinstance(image, (list, dict)) or (captions and not image_of(sample)):
+        if turn["from"] == "gpt" and not turn["value"].strip():
+            raise UserError(f"{where}: an answer is empty; nothing could be trained; remove it")
+        if IMAGE_TOKEN in turn["value"].replace(IMAGE_TOKEN, ""):
+            raise UserError(f"{where}: without {IMAGE_TOKEN}, another {IMAGE_TOKEN} remains")
+    image = image_of(sample)
+    is_path = isinstance(image, str) and image[0] != "/" and ".." not in image.split("/")
+    if not is_path and (captions or image is not None):
         raise UserError(f'{where}: needs "image", one path below --image_folder, not {image!r}')
 
     speakers = " ".join(turn["from"] for turn in turns)
@@ -151,11 +161,11 @@ def check_sample(sample, captions, where):
             f"{where}: the turns are from {speakers!r}; they must be a caption's (human gpt) in "
             "stage 1, and alternate between human and gpt, after a system turn if any, in stage 2"
         )
-    marked = [turn["from"] for turn in turns if IMAGE_TOKEN in turn["value"]]
-    if marked and (marked != ["human"] or not image_of(sample)):
+    with_image = [turn["from"] for turn in turns if IMAGE_TOKEN in turn["value"]]
+    if with_image and (with_image != ["human"] or not image):
         raise UserError(
             f"{where}: {IMAGE_TOKEN} may stand in one human turn of a sample with an image; here "
-            f"it is in turns of {marked}, and the image is {image!r}"
+            f"it is in turns of {with_image}, and the image is {image!r}"
         )
 
 
@@ -163,7 +173,7 @@ def check_sample(sample, captions, where):
 
 
 def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=False):
-    """-> ids [L] with <image> image_tokens times, targets [L] with IGNORE where nothing is trained.
+    """-> ids [L], with image_tokens times <image>, and targets [L], IGNORE where not trained.
 
     Stage 1, LLaVA's `plain`: <image>, the caption and a newline, without the human turn and without
     EOS. Caption and newline are trained.
@@ -174,8 +184,10 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
     if chat:
         ids, is_trained = _encode_chat(sample, tokenizer, image_tokens)
     else:
-        caption = sample["conversations"][1]["value"]
+        caption = as_text(sample["conversations"][1]["value"], tokenizer)
         ids = tokenizer(IMAGE_TOKEN * image_tokens + caption + "\n")["input_ids"]
+        if ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it
+            ids = ids[:-1]
         before = ids.index(image_token_id) + image_tokens
         is_trained = [0] * before + [1] * (len(ids) - before)
 
@@ -205,6 +217,8 @@ def encode_prompt(sample, tokenizer, image_tokens):
 def _encode_chat(sample, tokenizer, image_tokens, add_generation_prompt=False):
     """-> ids and is_trained, lists of equal length."""
     messages = chat_messages(sample, image_tokens)
+    for message in messages:
+        message["content"] = as_text(message["content"], tokenizer)
     encoded = tokenizer.apply_chat_template(
         messages,
         return_dict=True,
@@ -219,16 +233,37 @@ def _encode_chat(sample, tokenizer, image_tokens, add_generation_prompt=False):
             f"sample {sample.get('id')}: the chat template marks {marked} of {answers} answers; "
             "its {% generation %} must enclose each of them"
         )
-    # The template leaves BOS to the tokenizer, and not every tokenizer has one.
+    # Our templates leave BOS to the tokenizer, and not every tokenizer has one.
     bos = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]
+    if encoded["input_ids"][:1] == bos:
+        bos = []
     return bos + encoded["input_ids"], [0] * len(bos) + is_trained
+
+
+def as_text(text, tokenizer):
+    """A text without control tokens but <image>, for only a template makes them.
+
+    A zero-width space parts the "</s>" of a caption.
+    """
+    for token in control_tokens(tokenizer).values():
+        if token != IMAGE_TOKEN:
+            text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
+    return text
+
+
+@functools.cache
+def control_tokens(tokenizer):
+    """{id: string} of a tokenizer's control tokens, <image> among them."""
+    return {
+        i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
 
 
 def chat_messages(sample, image_tokens=1):
     """LLaVA's turns -> the messages of a chat template, with <image> image_tokens times.
 
-    As in LLaVA the image comes first in its turn, and in the first one if no turn names it. An
-    answer before the first question is dropped.
+    As in LLaVA the image is moved to the start of its turn. If no turn has <image>, it goes to the
+    start of the first human turn. An answer before the first question is dropped.
     """
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = []
@@ -240,8 +275,8 @@ def chat_messages(sample, image_tokens=1):
         if message["role"] != "assistant" or users:
             messages.append(message)
     if image_of(sample):
-        marked = [message for message in users if IMAGE_TOKEN in message["content"]]
-        message = (marked or users)[0]
+        with_image = [message for message in users if IMAGE_TOKEN in message["content"]]
+        message = (with_image or users)[0]
         text = message["content"].replace(IMAGE_TOKEN, "").strip()
         message["content"] = f"{IMAGE_TOKEN * image_tokens}\n{text}".strip()
     return messages
@@ -250,16 +285,17 @@ def chat_messages(sample, image_tokens=1):
 def word_tokens(words, tokenizer):
     """The LLM's token ids of each word as it stands inside a sentence, with its leading space.
 
-    Encoding " dog" alone would give some SentencePiece tokenizers a second space. Words are encoded
-    behind an "a" instead, whose tokens are then taken away.
+    Encoding " dog" alone would give some SentencePiece tokenizers a second space. "a dog" is
+    encoded instead, and the tokens of "a" are removed from it.
     """
     prefix = tokenizer("a", add_special_tokens=False)["input_ids"]
     rows = tokenizer([f"a {word}" for word in words], add_special_tokens=False)["input_ids"]
+    control = control_tokens(tokenizer).keys()
     for word, ids in zip(words, rows):
-        if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
+        if ids[: len(prefix)] != prefix or len(ids) == len(prefix) or control & set(ids):
             raise UserError(
-                f"the LLM's tokenizer has no tokens for the word {word!r} alone; remove it from "
-                "the list"
+                f"the LLM's tokenizer has no text tokens for the word {word!r} alone; remove it "
+                "from the list"
             )
     return [ids[len(prefix) :] for ids in rows]
 
@@ -315,6 +351,7 @@ _PHI_3 = r"""
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "<|assistant|>\n" }}{%- endif -%}"""
+# As published, the newline after an answer is trained too.
 _GEMMA = r"""
 {%- for message in messages -%}
 {%- if message.role == "user" -%}
@@ -338,8 +375,8 @@ _CHATML = r"""
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
-# The token whose presence in a vocabulary tells the format, the token that ends a turn (eos_token
-# in the template), the template. Vicuna's is for all other LLMs, with their own EOS.
+# Chat formats: a token that only vocabularies of the format have, the token that ends a turn
+# (eos_token in the template), the template. All other LLMs get Vicuna's, with their own EOS.
 CHAT_FORMATS = [
     ("<|start_header_id|>", "<|eot_id|>", _LLAMA_3),
     ("<|assistant|>", "<|end|>", _PHI_3),
@@ -355,6 +392,8 @@ def prepare_tokenizer(tokenizer):
     end-of-turn token becomes EOS. A template of its own that marks answers is kept.
     """
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not marks_answers(tokenizer):
         vocabulary = tokenizer.get_vocab()
         template = _VICUNA
@@ -363,6 +402,11 @@ def prepare_tokenizer(tokenizer):
                 template = its_template
                 tokenizer.eos_token = end
                 break
+        if template == _VICUNA and tokenizer.chat_template:
+            raise UserError(
+                "--llm: the format of its chat template is unknown; enclose the answers in the "
+                "template in {% generation %}, or remove the template to use Vicuna's"
+            )
         system = f"{{%- set llava_system = {json.dumps(_LLAVA_SYSTEM)} -%}}"
         tokenizer.chat_template = system + _MACROS + template
     if tokenizer.pad_token is None:  # any token will do: masks are made from lengths
@@ -472,10 +516,6 @@ class LlavaDataset(Dataset):
     label_store: Any = None
     text: Literal["caption", "chat", "prompt"] = "caption"
 
-    def __post_init__(self):
-        if not Path(self.image_folder).is_dir():
-            raise UserError(f"{self.image_folder}: no such image folder (--image_folder)")
-
     def __len__(self):
         return len(self.samples)
 
@@ -495,6 +535,7 @@ class LlavaDataset(Dataset):
             image, crc = read_image(file)
             item["pixels"] = geometry(image, **self.preprocess)
         if self.label_store is not None:
+            # crc is known, for the image of a caption is never cut off
             if self.label_store.record(i)["crc"] != crc:
                 raise UserError(
                     f"{file}: the file has changed since it was labelled; run labels.py extract "
@@ -507,8 +548,8 @@ class LlavaDataset(Dataset):
 def collate(items, pad_id, side="right"):
     """Items of LlavaDataset -> a batch, sequences padded at `side`.
 
-    index (list of B), input_ids, targets and attention_mask [B, L], pixels [images, 3, S, S] and,
-    with labels, label_ids and label_scores [B, m, n].
+    index (list of B), input_ids, targets and attention_mask [B, L], pixels [images, 3, size,
+    size] and, with labels, label_ids and label_scores [B, m, n].
     """
     pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
     ids = [item["input_ids"] for item in items]
@@ -565,7 +606,7 @@ def grouped_order(lengths, batch_size, micro_batches_per_step, seed, epoch):
     step_size = batch_size * micro_batches_per_step
     steps = []
     rest = []
-    for of_kind in (lengths > 0, lengths < 0):
+    for of_kind in (lengths > 0, lengths < 0):  # with an image, text only
         index = rng.permutation(np.flatnonzero(of_kind))
         whole_steps = len(index) // step_size
         steps.extend(index[: whole_steps * step_size].reshape(-1, step_size))
@@ -574,8 +615,8 @@ def grouped_order(lengths, batch_size, micro_batches_per_step, seed, epoch):
     order = []
     for step in rng.permutation(steps):
         by_length = step[np.argsort(-abs(lengths[step]), kind="stable")]
-        # One sample to each micro-batch, row after row. Every second row runs backwards, so that no
-        # micro-batch gets the longest of every row.
+        # A column becomes a micro-batch. Every second row runs backwards, so that no micro-batch
+        # gets the longest of every row.
         rows = by_length.reshape(batch_size, micro_batches_per_step)
         rows[1::2] = rows[1::2, ::-1]
         order.append(rows.T.ravel())
@@ -592,13 +633,14 @@ def cli(main):
     except UserError as e:  # from a DataLoader worker it comes wrapped in the worker's traceback
         sys.exit("error: " + str(e).rsplit("UserError: ", 1)[-1].strip())
     except ModuleNotFoundError as e:
-        packages = {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
-        name = (e.name or "").split(".")[0]
-        sys.exit(f"error: this needs {name}: pip install {packages.get(name, name)}")
+        sys.exit(
+            f"error: {e}; figures need pip install matplotlib scikit-learn, labels.py "
+            "open_clip_torch, --tagger spacy"
+        )
 
 
 def run_command(doc, functions, argv=None):
-    """Call the function that argv names. functions {subcommand: function}; parameters are flags."""
+    """Call functions[subcommand] as argv says. The flags are the parameters of that function."""
     options = dict(
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
@@ -606,9 +648,8 @@ def run_command(doc, functions, argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in functions.items():
         text = inspect.getdoc(function)
-        summary = text.splitlines()[0]
         command = commands.add_parser(
-            name, help=summary, description=text, allow_abbrev=False, **options
+            name, help=text.splitlines()[0], description=text, allow_abbrev=False, **options
         )
         add_flags(command, inspect.signature(function), {})
     args = vars(parser.parse_args(argv))

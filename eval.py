@@ -37,6 +37,7 @@ from data import (
     IMAGE_TOKEN,
     LlavaDataset,
     UserError,
+    append_json_line,
     cli,
     collate,
     load_samples,
@@ -134,8 +135,7 @@ def save_result(run, result):
     """Print a result and append it, with the step, to the run's eval.jsonl, if there is a run."""
     print(json.dumps(result))
     if run.folder:
-        with open(run.folder / "eval.jsonl", "a") as f:
-            f.write(json.dumps({"step": run.step} | result) + "\n")
+        append_json_line(run.folder / "eval.jsonl", {"step": run.step} | result)
     return result
 
 
@@ -146,7 +146,7 @@ def find_captions(run, data, image_folder):
         data = config["val_data"] or config["data"]
         if not config["val_data"]:
             print("measured on the training data: the run has no held-out captions (--val_data)")
-    image_folder = image_folder or config.get("val_image_folder") or config.get("image_folder")
+    image_folder = image_folder or config.get("image_folder")
     if not data or not image_folder:
         raise UserError(f"{run.path}: its run has no captions: give --data and --image_folder")
     return data, image_folder

@@ -6,6 +6,7 @@ Dimensions, in this file and all others:
 
     B images   m patches of an image (H x W grid)   n labels of a patch   q words   k window side
     N pairs    M tokens of a word                   d CLIP width          D LLM width
+    S candidates for pairs: one for each window of the batch
 
 Terms, with one meaning everywhere:
 
@@ -65,9 +66,9 @@ def sea_loss(
 
     # Equal inputs and stable sorts: with gather, every rank keeps the same pairs.
     kept = one_patch_per_label(labels, priority=priority)
-    own_rows = is_own[kept].nonzero().flatten().to(x.device)
     x = x[kept.to(x.device)]  # (N, D)
     t = word_features_of(labels[kept])
+    own_rows = is_own[kept].nonzero().flatten().to(x.device)  # rows of x and t
     loss = contrastive_loss(x, t, log_scale, own_rows)
     if gather:
         loss = loss * dist.get_world_size()
@@ -130,6 +131,7 @@ def one_patch_per_label(labels, generator=None, priority=None):
         priority = _uniform(labels.shape, generator, labels.device)
     order = priority.argsort(stable=True)
     sorted_labels, by_label = labels[order].sort(stable=True)  # equal labels stay in that order
+    # The first row of each label. Those of -1 stand first of all and equal the prepended -1.
     is_first = sorted_labels.diff(prepend=sorted_labels.new_tensor([-1])) > 0
     return order[by_label[is_first]]
 
@@ -178,16 +180,18 @@ def word_features(embedding_weight, token_ids, offsets):
     offsets [N], where each word starts in them -> [N, D], in float32 or better.
     """
     token_embeds = _at_least_float32(F.embedding(token_ids, embedding_weight))
-    # embedding_bag adds in the dtype of its table: here token_embeds, whose row i is token i.
-    numbering = torch.arange(len(token_ids), device=token_ids.device)
-    return F.embedding_bag(numbering, token_embeds, offsets, mode="mean")
+    # embedding_bag adds in the dtype of its table, so the table is not embedding_weight but
+    # token_embeds, in which token i has row i.
+    rows = torch.arange(len(token_ids), device=token_ids.device)
+    return F.embedding_bag(rows, token_embeds, offsets, mode="mean")
 
 
 def contrastive_loss(x, t, log_scale, rows=slice(None)):
     """The symmetric alignment loss L_a (Eq. 11) with 1/τ = exp(log_scale).
 
-    x [N, D] visual tokens, t [N, D] word features, log_scale one element -> scalar. 0 with a graph
-    when N = 0. Computed in float32 or better, even under autocast (on a GPU in TF32 if that is on).
+    x [N, D] visual tokens, t [N, D] word features, log_scale one element -> scalar. It is 0, and
+    has a backward pass, when N = 0. Computed in float32 or better, even under autocast (on a GPU
+    in TF32 if that is on).
     rows: the pairs whose terms are added up, all by default. Losses over disjoint rows add up to
     the whole loss.
     """
@@ -209,11 +213,11 @@ def _at_least_float32(x):
 
 
 def gather_pairs(x, labels, priority):
-    """The pairs of all ranks, on every rank, with a graph through x.
+    """The candidates (see sample_pairs) of all ranks, on every rank, with a graph through x.
 
     x [S, D], labels and priority [S], S of each rank's own -> the same with the rows of all ranks,
-    and is_own, which of them are this rank's. Ranks with fewer pairs than others are filled up
-    with rows without a label.
+    and is_own, which of them are this rank's. Ranks with fewer candidates than others are
+    filled up with rows without a label.
     """
     slots = torch.tensor(len(x), device=x.device)
     dist.all_reduce(slots, dist.ReduceOp.MAX)

@@ -79,7 +79,8 @@ class SEAModel(nn.Module):
         self.image_token_id = llava.config.image_token_id
         self.image_tokens = llava.config.image_seq_length
         self.grid = (math.isqrt(self.image_tokens),) * 2
-        # Rows at the embedding's end that only make room for <image> are never predicted.
+        # Rows that assemble added at the embedding's end, listed there as suppress_tokens, are
+        # never predicted.
         padding_ids = llava.generation_config.suppress_tokens or []
         self.vocabulary_size = self.embed_tokens.num_embeddings - len(padding_ids)
 
@@ -96,9 +97,10 @@ class SEAModel(nn.Module):
     ):
         """A batch of data.collate -> dict of loss_g (Eq. 12) and, with labels, loss_a (Eq. 11).
 
-        input_ids, attention_mask, targets [B, L], pixels [images, 3, S, S], label_ids and
-        label_scores [B, m, n]. Also in the dict: tau; inputs [B, L, D], which is X_input (Eq. 3)
-        without a graph; is_image [B, L]; and with labels pairs and matched (see loss.sea_loss).
+        input_ids, attention_mask, targets [B, L], pixels [images, 3, size, size], label_ids
+        and label_scores [B, m, n]. Also in the dict: tau; inputs [B, L, D], which is X_input
+        (Eq. 3) without a graph; is_image [B, L]; and with labels pairs and matched (see
+        loss.sea_loss).
 
         PAPER: L_g is a mean over the trained tokens. num_targets is what their sum is divided by,
         for a mean over several micro-batches and ranks; by default the number in this batch.
@@ -141,12 +143,12 @@ class SEAModel(nn.Module):
         return out
 
     def visual_tokens(self, pixels):
-        """X_v = g_θ(f(X_image)) (Eq. 1): pixels [images, 3, S, S] -> [images, m, D].
+        """X_v = g_θ(f(X_image)) (Eq. 1): pixels [images, 3, size, size] -> [images, m, D].
 
         f is the output of the tower's second-to-last layer without the class token, as in LLaVA.
         """
         if not len(pixels):
-            # A batch of text only. A black image keeps the adapter in the graph: ranks whose
+            # A batch of text only. A blank image keeps the adapter in the graph: ranks whose
             # adapter got no gradient would leave the others waiting for it.
             size = self.preprocess["size"]
             pixels = torch.zeros(1, 3, size, size, device=self.device)
@@ -164,9 +166,9 @@ class SEAModel(nn.Module):
 
         labels [N] -> [N, D].
         """
-        words = [self.word_token_ids[label] for label in labels.tolist()]
-        offsets = torch.tensor([0, *map(len, words)], device=self.device).cumsum(0)[:-1]
-        token_ids = torch.tensor([i for word in words for i in word], dtype=torch.int64)
+        rows = [self.word_token_ids[label] for label in labels.tolist()]
+        offsets = torch.tensor([0, *map(len, rows)], device=self.device).cumsum(0)[:-1]
+        token_ids = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
         features = word_features(self.embed_tokens.weight, token_ids.to(self.device), offsets)
         return features * self.adapter.output_scale  # the embedding layer scales its rows alike
 
@@ -186,14 +188,15 @@ class SEAModel(nn.Module):
     def thaw_llm(self, tune_vision, dtype):
         """Thaw what stage 2 trains: the LLM with its embeddings and head, and the adapter.
 
-        tune_vision: the vision tower too; otherwise it stays frozen, in dtype.
+        tune_vision: the vision tower too; otherwise it stays frozen and is cast to dtype.
         """
         self.llava.requires_grad_(True)
         if not tune_vision:
             self.vision_tower.to(dtype).requires_grad_(False)
             return
-        # Layer -2 leaves the last block unused: DDP would wait for its gradients.
-        self.visual_tokens([]).sum().backward()  # of a black image
+        # What comes after layer -2 is never used, and DDP would wait for its gradients. A backward
+        # pass of a blank image finds the parameters that get one.
+        self.visual_tokens([]).sum().backward()
         for parameter in self.vision_tower.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         self.zero_grad()
@@ -248,7 +251,7 @@ def assemble(tower, llm, tokenizer, image_size):
     """Put a vision tower, a new Adapter and an LLM into transformers' Llava."""
     refuse_llm(llm)
     image_token_id = prepare_tokenizer(tokenizer)
-    vocabulary_size = llm.config.vocab_size
+    vocabulary_size = llm.config.vocab_size  # resizing changes the config's
     if len(tokenizer) > vocabulary_size:  # <image> has no row in the embedding
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
 
@@ -282,7 +285,7 @@ def refuse_llm(llm):
     misfit = f"--llm: {type(llm).__name__} does not fit into transformers' Llava, which"
     for name in LOGIT_CHANGES:
         if getattr(llm.config, name, None) not in (None, 1):
-            raise UserError(f"{misfit} leaves out {name}, by which it changes its logits")
+            raise UserError(f"{misfit} leaves out {name}, which changes the logits of this LLM")
     modules = [name for name, _ in llm.named_children()]
     is_usual = modules == ["model", "lm_head"] and hasattr(llm.model, "embed_tokens")
     if not is_usual or llm.lm_head.bias is not None:
@@ -350,7 +353,7 @@ def loading(name):
 
 
 def load_weights(auto_class, name, config, dtype, **kwargs):
-    """A model with its weights, all of them; on the meta device with none."""
+    """A model with all its weights, or UserError; on the meta device without weights."""
     if torch.get_default_device().type == "meta":
         return auto_class.from_config(config, dtype=dtype)
     model, info = auto_class.from_pretrained(
@@ -381,7 +384,7 @@ def find_model(path):
     if not path.parent.exists():
         return path
     for folder in (path, path / "model", *newest_checkpoints(path)[:1]):
-        for file in ("adapter.safetensors", "processor_config.json"):
+        for file in ("adapter.safetensors", "processor_config.json"):  # our run's, any Llava's
             if (folder / file).is_file():
                 return folder
     raise UserError(
@@ -392,8 +395,8 @@ def find_model(path):
 
 def newest_checkpoints(out_dir):
     """The checkpoints of a run, newest first."""
-    folders = Path(out_dir).glob("checkpoints/step_*[0-9]")
-    return sorted(folders, key=lambda folder: -int(folder.name.split("_")[1]))
+    folders = [f for f in Path(out_dir).glob("checkpoints/step_*") if f.name[5:].isdigit()]
+    return sorted(folders, key=lambda folder: -int(folder.name[5:]))
 
 
 def part_names(folder):
@@ -421,7 +424,7 @@ def load_llava(name, dtype=torch.float32):
             raise UserError(f"{name}: a {config.model_type}, neither Llava nor one of our runs")
         tower = config.vision_config.model_type
         if tower not in TOWERS or not isinstance(config.vision_feature_layer, int):
-            raise UserError(f"{name}: Llava must read one layer of one of {', '.join(TOWERS)}")
+            raise UserError(f"{name}: not a Llava that reads one layer of {' or '.join(TOWERS)}")
         llava = load_weights(LlavaForConditionalGeneration, name, config, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
 
@@ -499,7 +502,7 @@ def portable_names(model, state):
     for name, weight in state.items():
         if "multi_modal_projector.linear_2" in name:
             weight = weight * model.adapter.output_scale
-        for old, new in renames.items():
+        for old, new in renames.items():  # one after another, each on the last one's result
             if name.startswith(old):
                 name = new + name.removeprefix(old)
         weights[name] = weight

@@ -2,7 +2,7 @@
 
     python train.py --stage pretrain --preset toy                     a laptop, minutes, no download
     python train.py --stage pretrain --preset toy --sea_weight 0      the baseline
-    python train.py --stage finetune --preset toy --init out/toy      stage 2 of either
+    python train.py --stage finetune --preset toy --init out/toy      stage 2 of the first
     torchrun --nproc_per_node=8 train.py --stage pretrain             the paper's standard run
     torchrun --nproc_per_node=8 train.py --stage finetune --init out/pretrain --fsdp
     python train.py --stage finetune --world_size 8 --dry_run         its cost; nothing is loaded
@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -50,6 +51,7 @@ from data import (
     LlavaDataset,
     UserError,
     add_flags,
+    append_json_line,
     cli,
     collate,
     load_samples,
@@ -75,11 +77,14 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 # ----------------------------------------------------------------------------- config
 
 
-def flag(default, help, stage="", positive=False):
-    """A field of TrainConfig. stage: the only stage that takes it; positive: 0 is refused too."""
+def flag(default, help, stage="", positive=False, most=10**9):
+    """A field of TrainConfig. stage: the only stage that takes it.
+
+    A number must be from 0 to `most`; positive: above 0.
+    """
     only = f"{stage} only: " if stage else ""
     help = f"{only}{help} (default: {default!r})"
-    metadata = {"help": help, "stage": stage, "positive": positive}
+    metadata = {"help": help, "stage": stage, "positive": positive, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -106,22 +111,21 @@ class TrainConfig:
     image_mode: Literal["", "pad"] = flag("", "'': the tower's crop or squash; pad: to a square")
     labels: str = flag("data/labels", "label store of the same data and vision tower", "pretrain")
     val_data: str = flag("", "held-out samples for the loss and, in pretrain, TACS; '': none")
-    val_image_folder: str = flag("", "'': image_folder")
     out_dir: str = flag("", "'': a folder below out/ that is named after the run")
 
     # SEA
     sea_weight: float = flag(1.0, "λ of Eq. 13; 0: the LLaVA baseline, without labels", "pretrain")
     window: int = flag(2, "k; one patch of each k x k window is drawn", "pretrain", positive=True)
-    tau: float = flag(1.0, "initial temperature of Eq. 11, then learned", "pretrain", positive=True)
+    tau: float = flag(1.0, "initial temperature of Eq. 11, then learned", "pretrain", True, 100)
     gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "pretrain")
 
     # optimization; a global batch of 256 is 8 GPUs x 32, as in LLaVA
     batch_size: int = flag(32, "samples per GPU in one forward pass", positive=True)
     grad_accum: int = flag(1, "forward passes per step; more of them for fewer GPUs", positive=True)
-    lr: float = flag(1e-3, "peak learning rate; linear warmup, then cosine to 0", positive=True)
+    lr: float = flag(1e-3, "peak learning rate; linear warmup, then cosine to 0", "", True, 1)
     tune_vision: bool = flag(False, "train the vision tower too (Table 4)", "finetune")
-    vision_lr: float = flag(2e-6, "peak learning rate of the vision tower", "finetune")
-    warmup_ratio: float = flag(0.03, "share of the steps with linear warmup")
+    vision_lr: float = flag(2e-6, "peak learning rate of the vision tower", "finetune", most=1)
+    warmup_ratio: float = flag(0.03, "share of the steps with linear warmup", most=1)
     clip_grad: float = flag(0.0, "largest norm of the gradient; 0: no clipping, as LLaVA")
     epochs: float = flag(1.0, "passes over the data", positive=True)
     max_steps: int = flag(0, "steps instead of epochs; 0: by epochs")
@@ -152,7 +156,7 @@ class TrainConfig:
         return self.batch_size * self.grad_accum * world_size()
 
 
-# What a recipe, then a preset, changes in the defaults of a stage. Flags have the last word.
+# What a recipe, then a preset, changes in TrainConfig's defaults. Flags have the last word.
 _FINETUNE = dict(
     init="out/pretrain",
     llm="",
@@ -231,13 +235,16 @@ def parse_config(argv=None):
         name = field.name
         value = getattr(cfg, name)
         only = field.metadata["stage"]
-        plans_parts = cfg.dry_run and name in ("llm", "vision")  # of a stage 1 that has not run
-        if name in given and only not in ("", stage) and not plans_parts:
+        # --dry_run of stage 2 may name the parts, for a stage 1 that has not run yet.
+        is_planned = cfg.dry_run and name in ("llm", "vision")
+        if name in given and only not in ("", stage) and not is_planned:
             raise UserError(f"--{name} belongs to --stage {only}, not to --stage {stage}")
-        if field.metadata["positive"] and value <= 0:
-            raise UserError(f"--{name} must be positive, not {value}")
-        if isinstance(value, (int, float)) and value < 0:
-            raise UserError(f"--{name} must not be negative, not {value}")
+        if isinstance(value, str):
+            continue
+        least = "above 0" if field.metadata["positive"] else "at least 0"
+        most = field.metadata["most"]
+        if not (0 < value <= most or (value == 0 and least == "at least 0")):
+            raise UserError(f"--{name} must be {least} and at most {most}, not {value}")
     refuse_contradictions(cfg)
     if not cfg.out_dir:
         cfg = dataclasses.replace(cfg, out_dir=default_out_dir(cfg, given))
@@ -252,6 +259,10 @@ def refuse_contradictions(cfg):
         (cfg.image_mode and cfg.sea_weight, "--image_mode pad has no labels: use --sea_weight 0"),
         (cfg.world_size and not cfg.dry_run, "--world_size belongs to --dry_run: use torchrun"),
         (
+            Path(cfg.init, "checkpoints").exists() and not Path(cfg.init, "model").exists(),
+            f"--init {cfg.init} has not finished: name one of its checkpoints",
+        ),
+        (
             cfg.fsdp and "RANK" not in os.environ and not cfg.dry_run,
             "--fsdp needs torchrun, on a single GPU too: torchrun --nproc_per_node=1 train.py",
         ),
@@ -264,11 +275,11 @@ def default_out_dir(cfg, given):
     """A name below out/ that tells the run from others, such as out/pretrain_gemma-2b_baseline."""
     if cfg.stage == "finetune":
         return f"out/{Path(cfg.init).name}_finetune"
-    recipe = "pretrain" if cfg.recipe == "llava15" else cfg.recipe
-    parts = [Path(given[name]).name for name in ("llm", "vision") if name in given]
+    name = cfg.preset or ("pretrain" if cfg.recipe == "llava15" else cfg.recipe)
+    parts = [Path(given[part]).name for part in ("llm", "vision") if part in given]
     if cfg.sea_weight == 0:
         parts.append("baseline")
-    return "out/" + "_".join([cfg.preset or recipe, *parts])
+    return "out/" + "_".join([name, *parts])
 
 
 # ----------------------------------------------------------------------------- the run
@@ -302,40 +313,37 @@ def main(argv=None):
         import toy
 
         toy.ensure()
-    barrier()
-    if Path(cfg.out_dir, "metrics.jsonl").exists() and not cfg.resume:
-        raise UserError(f"{cfg.out_dir} holds a run already: --resume it, or use another --out_dir")
+    check_out_dir(cfg)
 
     model, dtype = build_model(cfg, device)
     train_set, val_set = build_data(cfg, model)
+    train_set[0]  # fails here, before there is a run, if the images are elsewhere
     steps = cfg.max_steps or math.ceil(cfg.epochs * len(train_set) / cfg.global_batch())
     parallel_model = parallelize(cfg, model, dtype)
     optimizer, schedule = build_optimizer(cfg, model, steps)
     run = Run(cfg, device, dtype, model, parallel_model, optimizer, schedule)
     first_step = load_checkpoint(run) if cfg.resume else 0
 
-    log = open_log(cfg)  # None but on rank 0
-    if log:
-        sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    if rank() == 0:
+        write_config(cfg)
         print(cfg)
         print(f"{len(train_set):,} samples, {steps:,} steps of {cfg.global_batch()}")
-        print(f"{sum(sizes):,} trained parameters -> {cfg.out_dir}")
-    train(run, train_set, val_set, first_step, steps, log)
+    train(run, train_set, val_set, first_step, steps)
     save_model(run, Path(cfg.out_dir, "model"))
-    if log:
+    if rank() == 0:
         print(f"wrote {cfg.out_dir}/model")
-    if log and cfg.stage == "pretrain":
-        print(f"Look at its visual tokens: python eval.py words --model {cfg.out_dir}")
+        if cfg.stage == "pretrain":
+            print(f"Look at its visual tokens: python eval.py words --model {cfg.out_dir}")
         if cfg.preset == "toy":
             print("Compare with the baseline, over three seeds: python toy.py report")
     barrier()
 
 
-def train(run, train_set, val_set, first_step, steps, log):
+def train(run, train_set, val_set, first_step, steps):
     """The loop: a step, perhaps a validation, a line of the log, a checkpoint."""
     cfg = run.cfg
     loader = iter(micro_batch_loader(train_set, run, first_step, steps))
-    with tqdm(total=steps, initial=first_step, disable=log is None, desc="train") as bar:
+    with tqdm(total=steps, initial=first_step, disable=rank() > 0, desc="train") as bar:
         for step in range(first_step + 1, steps + 1):
             start = time.perf_counter()
             batches = [next(loader) for _ in range(cfg.grad_accum)]
@@ -343,33 +351,34 @@ def train(run, train_set, val_set, first_step, steps, log):
             seconds = time.perf_counter() - start
             metrics["samples_per_s"] = cfg.global_batch() / seconds
             metrics["positions_per_s"] = metrics.pop("positions") / seconds
-            if not math.isfinite(metrics["loss_g"] + metrics.get("loss_a", 0)):
-                raise UserError(f"the loss is not finite: {metrics}; lower --lr, or use float32")
-
+            if cfg.save_every and step % cfg.save_every == 0:  # whatever validation meets
+                save_checkpoint(run, step)
             is_last = step == steps
             if val_set and (step % cfg.val_every == 0 or is_last):
                 metrics.update(validate(run, val_set))
-            if log:
+            if rank() == 0:
                 shown = ("loss_g", "loss_a", "val_loss", "val_tacs")
                 bar.update()
                 bar.set_postfix({k: f"{metrics[k]:.3f}" for k in shown if k in metrics})
                 if step % cfg.log_every == 0 or is_last or "val_loss" in metrics:
-                    log.write(json.dumps(metrics) + "\n")
-            if cfg.save_every and step % cfg.save_every == 0:
-                save_checkpoint(run, step)
+                    append_json_line(Path(cfg.out_dir, "metrics.jsonl"), metrics)
 
 
 def train_step(run, batches, step):
     """One optimizer step over this rank's micro-batches -> metrics, of all ranks together."""
     cfg = run.cfg
     lr = run.schedule.get_last_lr()[0]
-    trained = sum((batch["targets"][:, 1:] != IGNORE).sum() for batch in batches)
-    [num_targets] = all_sum([trained], run.device)
+    own_targets = sum((batch["targets"][:, 1:] != IGNORE).sum() for batch in batches)
+    [num_targets] = all_sum([own_targets], run.device)
+    if num_targets == 0:
+        raise UserError(f"step {step}: --max_length {cfg.max_length} cuts off all that is trained")
     sums = collections.defaultdict(float)
+    samples = []
     for i, batch in enumerate(batches):
         index = batch.pop("index")
+        samples += index
         sums["positions"] += batch["attention_mask"].sum()
-        for name in ("input_ids", "attention_mask", "targets", "pixels"):  # labels stay on the CPU
+        for name in ("input_ids", "attention_mask", "targets", "pixels"):  # not labels
             batch[name] = batch[name].to(run.device, non_blocking=True)
 
         # DDP averages gradients in the last micro-batch only; FSDP in each.
@@ -378,27 +387,23 @@ def train_step(run, batches, step):
             out = run.parallel_model(
                 **batch,
                 # Averaging over ranks divides by their number once more.
-                num_targets=max(1, num_targets) / world_size(),
+                num_targets=num_targets / world_size(),
                 window=cfg.window,
                 generator=sample_generators(cfg.seed, step - 1, index),
                 gather=cfg.gather_pairs,
             )
-            loss_a = out.get("loss_a", 0) / len(batches)  # the baseline has none
+            # num_targets has averaged loss_g over the micro-batches. The baseline has no loss_a.
+            loss_a = out.get("loss_a", 0) / len(batches)
             total_loss(out["loss_g"], loss_a, cfg.sea_weight).backward()
         for name in ("loss_g", "loss_a", "pairs", "matched"):
             sums[name] += torch.as_tensor(out.get(name, 0)).detach()
 
-    if cfg.clip_grad:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_grad)
-    run.optimizer.step()
-    run.schedule.step()
-    run.optimizer.zero_grad()
-    with torch.no_grad():
-        run.model.log_scale.clamp_(max=math.log(100))  # PAPER: τ is kept above 0.01, as CLIP does
-
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_grad or math.inf)
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = dict(zip(sums, all_sum(sums.values(), run.device)))
     loss_g = total["loss_g"] / world_size()
-    metrics = dict(step=step, loss_g=loss_g, lr=lr, positions=total["positions"])
+    metrics = dict(step=step, loss_g=loss_g, lr=lr, grad_norm=grad_norm)
+    metrics["positions"] = total["positions"]
     if cfg.sea_weight > 0:
         metrics.update(
             loss_a=total["loss_a"] / len(batches) / world_size(),
@@ -406,6 +411,17 @@ def train_step(run, batches, step):
             pairs=int(total["pairs"]),
             matched=total["matched"] / max(total["pairs"], 1),
         )
+    if not math.isfinite(loss_g + metrics.get("loss_a", 0) + grad_norm):
+        raise UserError(
+            f"loss or gradient are not finite: {metrics}, samples {samples}; lower --lr, or use "
+            "--dtype float32"
+        )
+
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad()
+    with torch.no_grad():
+        run.model.log_scale.clamp_(max=math.log(100))  # PAPER: τ is kept above 0.01, as CLIP does
     return metrics
 
 
@@ -447,7 +463,7 @@ def validate(run, val_set):
     with run.autocast():
         sums = alignment_sums(run.parallel_model, own, run.device)
         if len(own) < math.ceil(len(val_set) / world_size()):
-            # Sharded models need all ranks in every forward pass.
+            # All ranks must join each forward pass: FSDP gathers weights in it, DDP sends buffers.
             alignment_sums(run.parallel_model, Subset(val_set, [0]), run.device)
     if run.cfg.fsdp:
         run.parallel_model.reshard()  # as a backward pass would; checkpoints hold shards
@@ -530,9 +546,8 @@ def build_model(cfg, device):
         model = new_model(cfg.vision, cfg.llm, dtype, cfg.tau)
     else:
         model = load_model(cfg.init)
-    model.log_scale.requires_grad_(cfg.sea_weight > 0)
-    if cfg.stage == "finetune":
         model.thaw_llm(cfg.tune_vision, dtype)
+    model.log_scale.requires_grad_(cfg.sea_weight > 0)
     if cfg.image_mode:
         model.preprocess["mode"] = cfg.image_mode
     if cfg.grad_checkpoint:
@@ -548,19 +563,20 @@ def build_model(cfg, device):
 
 def build_data(cfg, model):
     """-> training set with its labels checked, validation set or None."""
+    is_pretrain = cfg.stage == "pretrain"
 
-    def dataset(file, image_folder):
+    def dataset(file):
         return LlavaDataset(
-            load_samples(file, captions=cfg.stage == "pretrain"),
-            image_folder,
+            load_samples(file, captions=is_pretrain),
+            cfg.image_folder,
             model.preprocess,
             model.tokenizer,
             model.image_tokens,
             cfg.max_length,
-            text="caption" if cfg.stage == "pretrain" else "chat",
+            text="caption" if is_pretrain else "chat",
         )
 
-    train_set = dataset(cfg.data, cfg.image_folder)
+    train_set = dataset(cfg.data)
     if cfg.sea_weight > 0:
         store = LabelStore(cfg.labels)
         store.check(train_set.samples, model.preprocess, model.grid)
@@ -568,7 +584,7 @@ def build_data(cfg, model):
         model.set_words(store.words)
     if not cfg.val_data:
         return train_set, None
-    val_set = dataset(cfg.val_data, cfg.val_image_folder or cfg.image_folder)
+    val_set = dataset(cfg.val_data)
     return train_set, Subset(val_set, range(len(val_set))[: cfg.val_samples])
 
 
@@ -587,19 +603,38 @@ def build_optimizer(cfg, model, steps):
 # ----------------------------------------------------------------------------- files
 
 
-def open_log(cfg):
-    """Write config.json and open metrics.jsonl, on rank 0."""
-    if rank() != 0:
-        return None
-    out_dir = Path(cfg.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-    return open(out_dir / "metrics.jsonl", "a", buffering=1)
+def check_out_dir(cfg):
+    """Refuse a folder that holds a run or, with --resume, a run of other settings."""
+    file = Path(cfg.out_dir, "config.json")
+    if not file.exists():
+        return
+    if not cfg.resume:
+        raise UserError(f"{cfg.out_dir} holds a run: --resume it, or use another --out_dir")
+    saved = json.loads(file.read_text())
+    for name, value in fixed_settings(cfg).items():
+        if saved[name] != value:
+            raise UserError(f"--resume: {name} is {value}, but {saved[name]} in {file}")
+
+
+def write_config(cfg):
+    """Write config.json. Of two launches at the same moment, the second fails here."""
+    file = Path(cfg.out_dir, "config.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w" if cfg.resume else "x") as f:
+        json.dump(dataclasses.asdict(cfg) | fixed_settings(cfg), f, indent=1)
+
+
+def fixed_settings(cfg):
+    """{name: value} of what --resume must not change."""
+    settings = dataclasses.asdict(cfg) | {"samples_per_step": cfg.global_batch()}
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE_ON_RESUME}
 
 
 def training_state(run):
+    """What a checkpoint restores. The weights are the model's own: dcp.load writes into them."""
     trained = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
-    return {"model": trained, "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
+    optimizer = get_optimizer_state_dict(run.model, run.optimizer)
+    return {"model": trained, "optimizer": optimizer, "schedule": run.schedule.state_dict()}
 
 
 def save_checkpoint(run, step):
@@ -618,9 +653,6 @@ def save_checkpoint(run, step):
     dcp.save(training_state(run), checkpoint_id=unfinished)
     barrier()
     if rank() == 0:
-        schedule = run.schedule.state_dict()
-        state = dict(step=step, schedule=schedule, settings=fixed_settings(run.cfg))
-        (unfinished / "state.json").write_text(json.dumps(state))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         if run.cfg.keep:
@@ -629,30 +661,19 @@ def save_checkpoint(run, step):
     barrier()
 
 
-def fixed_settings(cfg):
-    """{name: value} of what --resume must not change."""
-    settings = dataclasses.asdict(cfg) | {"batch_size x grad_accum x ranks": cfg.global_batch()}
-    return {name: value for name, value in settings.items() if name not in MAY_CHANGE_ON_RESUME}
-
-
 def load_checkpoint(run):
     """Restore the newest checkpoint, of any number of ranks -> the number of steps done."""
     folder = next(iter(newest_checkpoints(run.cfg.out_dir)), None)
-    if not folder:
-        raise UserError(f"{run.cfg.out_dir}: no checkpoint to resume from")
-    saved = json.loads((folder / "state.json").read_text())
-    for name, value in fixed_settings(run.cfg).items():
-        old = saved["settings"].get(name)
-        if old != value:
-            raise UserError(f"--resume: {name} is {value}, but {old} in {folder}")
+    if not folder:  # killed before the first one
+        return 0
     state = training_state(run)
     try:
         dcp.load(state, checkpoint_id=folder)
     except dcp.CheckpointException as e:
         raise UserError(f"{folder}: truncated or corrupt; remove it to resume from another") from e
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
-    run.schedule.load_state_dict(saved["schedule"])
-    return saved["step"]
+    run.schedule.load_state_dict(state["schedule"])
+    return int(folder.name.removeprefix("step_"))
 
 
 def save_model(run, folder):

@@ -157,7 +157,7 @@ TEXT = st.one_of(st.text(CHARACTERS, max_size=30), st.sampled_from(TRICKY))
 
 @settings(max_examples=60, deadline=None)
 @given(
-    turns=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4),
+    turns=st.lists(st.tuples(TEXT, TEXT.filter(str.strip)), min_size=1, max_size=4),
     image=st.booleans(),
     place=st.integers(0, 3),
     system=st.sampled_from([None, "Be brief."]),

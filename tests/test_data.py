@@ -62,11 +62,9 @@ def test_a_malformed_file_is_named_with_its_line_or_sample(tmp_path, name, text,
         load_samples(tmp_path / name)
 
 
-def test_missing_file_and_missing_folder(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="no such data file"):
         load_samples(tmp_path / "none.json")
-    with pytest.raises(UserError, match="no such image folder"):
-        LlavaDataset([sample()], tmp_path / "none", {}, None, 4)
 
 
 # images
@@ -164,11 +162,17 @@ def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
     rows = data.word_tokens(words, tokenizer)
     assert [tokenizer.decode(ids) for ids in rows] == [f" {word}" for word in words]
 
-    def without_the_empty_word(text, add_special_tokens):
-        return {"input_ids": [1] if text == "a" else [[1, 5], [1]]}
+    class WithoutTheEmptyWord:
+        added_tokens_decoder = {}
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [1] if text == "a" else [[1, 5], [1]]}
 
     with pytest.raises(UserError, match="''"):
-        data.word_tokens(["red", ""], without_the_empty_word)
+        data.word_tokens(["red", ""], WithoutTheEmptyWord())
+    for word in ("</s>", "red</s>", "<image>"):
+        with pytest.raises(UserError, match=f"no text tokens for the word '{word}'"):
+            data.word_tokens(["red", word], tokenizer)
 
 
 # batches

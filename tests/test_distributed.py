@@ -168,7 +168,7 @@ def test_a_sharded_checkpoint_goes_on_with_any_number_of_ranks(two_ranks, finetu
         assert [line["step"] for line in metrics(resumed)] == [1, 2, 3, 4, 5, 6]
         for a, b in zip(whole[4:], metrics(resumed)[4:]):
             assert a == pytest.approx(b, rel=1e-5)
-    message = "batch_size x grad_accum x ranks is 2, but 4 in"
+    message = "samples_per_step is 2, but 4 in"
     with pytest.raises(UserError, match=message):
         train.main(again)
 

@@ -182,7 +182,6 @@ def test_without_held_out_data_the_training_data_are_measured(run, tmp_path, wor
         (
             dict(
                 val_data=f"{tmp_path}/three.jsonl",
-                val_image_folder=f"{world}/images",
                 image_folder="gone",
             ),
             3,
