@@ -271,10 +271,7 @@ def assemble(tower, llm, tokenizer, image_size):
     llava.model.vision_tower = tower
     llava.model.language_model = llm.model
     llava.lm_head = llm.lm_head
-    d_llm = llm.get_input_embeddings().embedding_dim
-    llava.model.multi_modal_projector = Adapter(
-        tower.config.hidden_size, d_llm, embedding_scale(llm)
-    )
+    llava.model.multi_modal_projector = new_adapter(tower.config.hidden_size, llm)
     padding_ids = list(range(vocabulary_size, llm.config.vocab_size))
     llava.generation_config = generation_config(llm, tokenizer, padding_ids or None)
     return llava
@@ -292,9 +289,10 @@ def refuse_llm(llm):
         raise UserError(f"{misfit} takes a decoder with embed_tokens and an LM head without bias")
 
 
-def embedding_scale(llm):
-    """The factor by which the LLM's embedding layer multiplies its rows: √D in Gemma, else 1."""
-    return getattr(llm.get_input_embeddings(), "scalar_embed_scale", 1.0)
+def new_adapter(d_vision, llm):
+    """An Adapter into the input space of an LLM, whose embedding layer may scale its rows."""
+    layer = llm.get_input_embeddings()
+    return Adapter(d_vision, layer.embedding_dim, getattr(layer, "scalar_embed_scale", 1.0))
 
 
 def generation_config(llm, tokenizer, suppress_tokens):
@@ -429,8 +427,7 @@ def load_llava(name, dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(name)
 
         projector = llava.model.multi_modal_projector.float()
-        d_llm, d_vision = projector.linear_1.weight.shape
-        adapter = Adapter(d_vision, d_llm, embedding_scale(llava))
+        adapter = new_adapter(projector.linear_1.in_features, llava)
         adapter.act = projector.act
         adapter.load_state_dict(projector.state_dict())
     adapter.linear_2.weight.data /= adapter.output_scale  # saved weights include the scale
