@@ -10,6 +10,7 @@ from conftest import MEAN, STD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor
 
 import data
@@ -229,6 +230,53 @@ def test_truncation_never_cuts_an_image(tokenizers, name):
         assert int((ids == image).sum()) in (0, 9)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_control_tokens_in_a_text_stay_text(tokenizers, name, chat):
+    """Only the template makes turns: "</s>" in a caption, a question or an answer ends nothing."""
+    tokenizer = tokenizers[name]
+    control = data.control_tokens(tokenizer)
+    strings = [token for token in control.values() if token != "<image>"]
+    said = " ".join({*strings[:40], END[name].strip()})
+
+    def found(*texts):
+        ids, targets = encode_conversation(conversation(*texts), tokenizer, 4, chat=chat)
+        return [[i for i in row.tolist() if i in control] for row in (ids, targets)]
+
+    assert found(f"Q1 {said}", f"A1 {said}.") == found("Q1", "A1.")
+
+
+def test_a_template_that_writes_bos_and_templates_by_name(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["vicuna"])
+    own = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.chat_template = {"default": own, "tool_use": "{{ messages }}"}
+    prepare_tokenizer(tokenizer)
+    assert tokenizer.chat_template == own
+    ids, _ = encode_conversation(conversation("Q1", "A1"), tokenizer, 4, chat=True)
+    assert ids.tolist().count(tokenizer.bos_token_id) == 1
+
+
+def test_an_unknown_chat_format_is_refused_and_no_format_is_vicunas(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["vicuna"])
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="its chat template is unknown; enclose the answers"):
+        prepare_tokenizer(tokenizer)
+    tokenizer.chat_template = None
+    prepare_tokenizer(tokenizer)
+    assert tokenizer.chat_template == tokenizers["vicuna"].chat_template
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_not_trained_in_stage_1(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["vicuna"])
+    whole, targets = encode_conversation(conversation("Q1", "A1"), tokenizer, 4)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert tokenizer("A1")["input_ids"][-1] == tokenizer.eos_token_id
+    again = encode_conversation(conversation("Q1", "A1"), tokenizer, 4)
+    assert torch.equal(again[0], whole) and torch.equal(again[1], targets)
+
+
 def test_an_image_that_no_turn_names_comes_first_and_an_early_answer_is_dropped():
     sample = conversation("Q1", "A1", "Q2", "A2")
     sample["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
@@ -299,6 +347,11 @@ def test_what_counts_as_no_image(tmp_path, image):
             conversation("Q1", "A1") | {"image": ["a", "b"]},
             r"one path below --image_folder, not \['a', 'b'\]",
         ),
+        (conversation("Q1", "A1") | {"image": 7}, "one path below --image_folder, not 7"),
+        (conversation("Q1", "A1", image="/etc/a.png"), "one path below --image_folder"),
+        (conversation("Q1", "A1", image="a/../../b.png"), "one path below --image_folder"),
+        (conversation("Q1", "A1", "Q2", " \n"), "an answer is empty"),
+        (conversation("<im<image>age>\nQ1", "A1"), "another <image> remains"),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
             "from 'human human'",

@@ -225,6 +225,88 @@ def test_labels_of_other_samples_are_refused_by_field(flags, world, tmp_path):
         train.main([*flags, *own])
 
 
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ("--lr nan", "--lr must be above 0 and at most 1, not nan"),
+        ("--lr 1e6", "--lr must be above 0 and at most 1, not 1000000.0"),
+        ("--tau inf", "--tau must be above 0 and at most 100, not inf"),
+        ("--sea_weight nan", "--sea_weight must be at least 0 .*, not nan"),
+        ("--warmup_ratio 7", "--warmup_ratio must be at least 0 and at most 1, not 7.0"),
+        ("--epochs inf", "--epochs must be above 0 .*, not inf"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(flags, extra, message):
+    with pytest.raises(UserError, match=message):
+        train.parse_config([*flags, *extra.split()])
+
+
+def test_a_max_length_that_leaves_nothing_to_train_is_refused(finetune_flags, tmp_path):
+    with pytest.raises(UserError, match="step 1: --max_length 27 cuts off all that is trained"):
+        train.main([*finetune_flags, "--out_dir", str(tmp_path), "--max_length", "27"])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(flags, tmp_path, monkeypatch):
+    """The loss is finite: only a check of the gradient keeps NaN out of weights and checkpoints."""
+    step = train.train_step
+    models = []
+
+    def poisoned(run, batches, number):
+        if number == 5:
+            models.append(run.model)
+            run.model.adapter.linear_1.weight.register_hook(lambda grad: grad * float("nan"))
+        return step(run, batches, number)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(
+        UserError, match=r"not finite: .*'step': 5.* samples \[\d+, \d+, \d+, \d+\]"
+    ):
+        train.main([*flags, "--out_dir", str(tmp_path), "--save_every", "2", "--keep", "1"])
+    assert models[0].adapter.linear_1.weight.isfinite().all()
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_4"]
+    assert all(m["grad_norm"] > 0 for m in metrics(tmp_path))
+
+
+def test_a_broken_validation_image_loses_no_step(flags, tmp_path, world):
+    samples = json.loads((world / "train.json").read_text())[:4]
+    broken = [sample | {"image": "none.png"} for sample in samples]
+    (tmp_path / "val.json").write_text(json.dumps(broken))
+    own = f"--out_dir {tmp_path}/run --val_data {tmp_path}/val.json --save_every 3".split()
+    with pytest.raises(UserError, match="none.png: cannot read the image"):
+        train.main([*flags, *own])
+    assert (tmp_path / "run/checkpoints/step_3").is_dir()
+
+
+def test_resuming_where_nothing_was_saved_starts_the_run(flags, tmp_path):
+    """The same command line can be started again for ever."""
+    for _ in range(2):
+        train.main([*flags, "--out_dir", str(tmp_path / "run"), "--resume"])
+    assert [m["step"] for m in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_of_two_launches_at_the_same_moment_one_gets_the_folder(flags, tmp_path, monkeypatch):
+    build = train.build_data
+
+    def slowly(cfg, model):
+        monkeypatch.setattr(train, "build_data", build)
+        train.main([*flags, "--out_dir", str(tmp_path / "run")])  # the other launch
+        return build(cfg, model)
+
+    monkeypatch.setattr(train, "build_data", slowly)
+    with pytest.raises(FileExistsError, match="config.json"):
+        train.main([*flags, "--out_dir", str(tmp_path / "run")])
+
+
+def test_stage_2_of_a_stage_1_that_has_not_finished_names_the_checkpoint(flags, tmp_path):
+    own = f"--out_dir {tmp_path}/one --save_every 3".split()
+    train.main([*flags, *own])
+    (tmp_path / "one/model").rename(tmp_path / "gone")
+    stage = ["--stage", "finetune", "--init"]
+    with pytest.raises(UserError, match="one has not finished: name one of its checkpoints"):
+        train.parse_config([*stage, f"{tmp_path}/one"])
+    train.parse_config([*stage, f"{tmp_path}/one/checkpoints/step_3"])
+
+
 def test_a_run_is_never_written_over_and_resuming_checks_the_settings(flags, tmp_path):
     out = ["--out_dir", str(tmp_path), "--save_every", "3"]
     train.main([*flags, *out])
@@ -257,8 +339,10 @@ def test_gradients_are_clipped_to_the_given_norm(finetune_flags, tmp_path, monke
 
 
 def test_only_the_newest_checkpoints_are_kept(finetune_flags, tmp_path):
+    (tmp_path / "checkpoints/step_2_best1").mkdir(parents=True)  # a copy that somebody made
     train.main([*finetune_flags, "--out_dir", str(tmp_path), "--save_every", "2", "--keep", "1"])
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_6"]
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_2_best1", "step_6"]
 
 
 def test_stage_2_learns_what_stage_1_cannot(finetune_flags, tmp_path, world):
