@@ -115,13 +115,15 @@ class Run(NamedTuple):
 
 def find_run(path):
     """The Run of an out_dir, its model/, a checkpoint, or any Llava model."""
-    model_folder = find_model(path).resolve()
-    for folder in model_folder.parents:
-        if (folder / "metrics.jsonl").is_file():
-            config = json.loads((folder / "config.json").read_text())
-            last_step = read_json_lines(folder / "metrics.jsonl")[-1]["step"]
-            return Run(path, folder, config, step_in(model_folder.name) or last_step)
-    return Run(path)
+    found = find_model(path).resolve()
+    is_checkpoint = found.parent.name == "checkpoints"
+    folder = found.parents[1] if is_checkpoint else found.parent
+    is_of_run = (folder / "metrics.jsonl").is_file()
+    if not is_of_run or not (is_checkpoint or found.name == "model"):
+        return Run(path)
+    config = json.loads((folder / "config.json").read_text())
+    last_step = read_json_lines(folder / "metrics.jsonl")[-1]["step"]
+    return Run(path, folder, config, step_in(found.name) or last_step)
 
 
 def open_model(run):
@@ -316,9 +318,13 @@ def pope_metrics(answers, truths):
 
 
 def normalize(text):
-    """An answer without what does not count: upper case, punctuation, articles, extra spaces."""
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    """An answer without what does not count: upper case, punctuation, articles, extra spaces.
+
+    What would be empty then, such as "A" or "+", stays as it is.
+    """
+    text = text.lower().strip()
+    words = re.sub(r"[^\w\s]", " ", text).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or text
 
 
 def chosen(text, choices):

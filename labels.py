@@ -181,6 +181,8 @@ def weights_crc(encoder):
 def encoder_preprocess(encoder):
     """The keywords of data.geometry for an open_clip model, from its own preprocessing config."""
     config = encoder.visual.preprocess_cfg
+    if config["resize_mode"] not in ("shortest", "squash"):
+        raise UserError(f"--encoder: resizes images by {config['resize_mode']}, which is not built")
     return dict(
         size=np.max(config["size"]).item(),  # one number, or a pair of the same
         mode="square" if config["resize_mode"] == "shortest" else "squash",
@@ -284,6 +286,8 @@ def word_embeddings(encoder, words, prompt=PROMPT, batch_size=256):
         texts = [prompt.replace("{}", word) for word in words[start : start + batch_size]]
         tokens = encoder.tokenizer(texts).to(encoder.logit_scale.device)
         embeds.append(F.normalize(encoder.encode_text(tokens).float(), dim=-1))
+        if not embeds[-1].isfinite().all():
+            raise UserError("--encoder: gives NaN or inf for a word; try --dtype float32")
     return torch.cat(embeds)
 
 
@@ -395,7 +399,9 @@ def _largest(products, k):
 
 def _sort(patch, word_embeds, n):
     """The n best words of one patch [d] by a stable sort of all float64 scores -> ids, scores."""
-    scores = torch.cat([part.double() @ patch.double() for part in word_embeds.split(4096)])
+    # not a matrix product, whose rounding depends on the row: equal words have equal scores
+    products = [(part.double() * patch.double()).sum(-1) for part in word_embeds.split(4096)]
+    scores = torch.cat(products)
     scores, ids = scores.sort(descending=True, stable=True)
     return ids[:n], scores[:n]
 
@@ -442,8 +448,17 @@ class LabelStore:
             ids[ids == 65535] = -1
         return torch.from_numpy(ids), torch.from_numpy(record["scores"].astype(np.float32))
 
+    def sample(self):
+        """-> the rows of up to 500 images, evenly spaced, and their ids and scores [rows, m, n]."""
+        rows = range(0, len(self), math.ceil(len(self) / 500))
+        ids, scores = map(torch.stack, zip(*(self[i] for i in rows)))
+        return rows, ids, scores
+
     def check(self, samples, preprocess, grid):
-        """Refuse other samples, another geometry of their images, or another grid of patches."""
+        """Refuse other samples, another geometry of their images, or another grid of patches.
+
+        Labels that would hardly train anything are refused too.
+        """
         _read_meta(
             self.folder,
             manifest=_manifest(samples),
@@ -451,6 +466,14 @@ class LabelStore:
             mode=preprocess["mode"],
             grid=list(grid),
         )
+        _, ids, scores = self.sample()
+        is_label = (ids >= 0) & (scores > 0)
+        share = is_label.any(-1).float().mean()
+        if share < 0.01 or len(ids[is_label].unique()) < 2:
+            raise UserError(
+                f"{self.folder}: {share:.1%} of the patches have a label; SEA needs 1 % at least, "
+                "and two different ones; look at them with labels.py show"
+            )
 
 
 def digest(texts):
@@ -488,7 +511,11 @@ def _read_meta(folder, **asked):
             "extract and another --out"
         ) from e
     for field, value in asked.items():
-        if meta.get(field) != value and field not in ("data", "image_folder"):  # these may move
+        if meta.get(field) != value and field not in (
+            "data",
+            "image_folder",
+            "encoder",
+        ):  # may move
             raise UserError(
                 f"{folder}: made with {field} = {meta.get(field)}, this run has {field} = {value}; "
                 "run labels.py extract for this data and encoder with another --out"
@@ -714,8 +741,7 @@ def show(
     samples = load_samples(data or meta["data"])
     _read_meta(store.folder, manifest=_manifest(samples))
     meta["image_folder"] = image_folder or meta["image_folder"]
-    rows = range(0, len(store), math.ceil(len(store) / 500))
-    ids, scores = map(torch.stack, zip(*(store[i] for i in rows)))
+    rows, ids, scores = store.sample()
     top_words = _top_words(samples, rows, store.words, ids)
 
     _print_statistics(store, ids, scores, itertools.chain(*top_words.values()))
@@ -779,7 +805,7 @@ def _try_paths(store, samples, rows):
     _read_meta(store.folder, weights=weights_crc(clip))
     batches = np.array_split(rows, math.ceil(len(rows) / 32))
     for path, sign in itertools.product(patch_paths(clip), (1, -1)):
-        trial = store.meta | dict(path=path, sign=sign, n=1, min_score=0.0, mass=1.0)
+        trial = store.meta | dict(path=path, sign=sign, n=1, mass=1.0)
         labelled = _label(store.folder, trial, clip, samples, batches)
         yield f"{path}, sign {sign:+}", np.concatenate([ids for ids, _, _ in labelled])
 

@@ -179,18 +179,21 @@ def test_without_held_out_data_the_training_data_are_measured(run, tmp_path, wor
     (tmp_path / "three.jsonl").write_text("\n".join(lines))
     for change, pairs in (
         (dict(val_data="", data=f"{tmp_path}/three.jsonl"), 3),
-        (
-            dict(
-                val_data=f"{tmp_path}/three.jsonl",
-                image_folder="gone",
-            ),
-            3,
-        ),
+        (dict(val_data=f"{tmp_path}/three.jsonl", data="gone"), 3),
     ):
         (tmp_path / "run/config.json").write_text(json.dumps(config | change))
         assert evaluation.main(["tacs", "--model", f"{tmp_path}/run"])["pairs"] == pairs
         is_said = "measured on the training data" in capsys.readouterr().out
         assert is_said == (change.get("val_data") == "")
+
+
+def test_a_model_that_only_lies_in_a_run_is_not_of_the_run(run, tmp_path):
+    """Its results would be written beside those of another model."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run / "model", tmp_path / "run/foreign")
+    for path in ("run", "run/model", "run/checkpoints/step_3"):
+        assert evaluation.find_run(tmp_path / path).folder == tmp_path / "run"
+    assert evaluation.find_run(tmp_path / "run/foreign").folder is None
 
 
 def test_errors_name_what_is_missing(run, tmp_path):
@@ -279,6 +282,10 @@ def test_pope_metrics_by_hand():
         ("Theatre", "theatre"),
         ("An apple!", "apple"),
         ("two-tone", "two tone"),
+        ("A", "a"),  # not nothing
+        ("The", "the"),
+        ("+", "+"),
+        ("", ""),
     ],
 )
 def test_answers_are_compared_without_case_punctuation_and_articles(text, same):

@@ -1220,6 +1220,31 @@ def test_check_names_what_differs(store, samples):
             LabelStore(store).check(*arguments)
 
 
+@pytest.mark.parametrize(
+    "ids, scores", [(65535, 0.5), (3, 0.0), (3, -0.5), (3, float("nan")), (3, 0.5)]
+)
+def test_labels_that_train_nothing_are_refused(copy, samples, ids, scores):
+    """None at all, scores of zero, negative or NaN, and one word everywhere."""
+    for file in copy.glob("labels-*.npy"):
+        found = np.load(file)
+        found["ids"] = ids
+        found["scores"] = scores
+        np.save(file, found)
+    geo = dict(size=30, mode="square", mean=MEAN, std=STD)
+    with pytest.raises(UserError, match="of the patches have a label; SEA needs 1 % at least, and"):
+        LabelStore(copy).check(samples, geo, (5, 5))
+
+
+def test_equal_words_are_sorted_by_their_ids():
+    """Of 4,097 words the last is alone in its block, where a matrix product rounds otherwise."""
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        word = F.normalize(torch.randn(1, 768, generator=rng), dim=1)
+        patch = F.normalize(torch.randn(768, generator=rng), dim=0)
+        ids, scores = labels._sort(patch, word.expand(4097, -1), 4097)
+        assert ids.tolist() == list(range(4097)) and len(scores.unique()) == 1
+
+
 FLAGS = dict(
     n=3,
     sign=1,
@@ -1233,7 +1258,7 @@ FLAGS = dict(
 )
 PREPROCESSING = dict(mean=[0.4] * 3, std=[0.5] * 3, mode="squash")
 EDITED = dict(size=60, grid=[6, 6])  # nothing but another model could change these
-FILES = {"images", "manifest", "words", "encoder", "weights"}
+FILES = {"images", "manifest", "words", "weights"}
 
 
 def test_a_damaged_description_is_refused(settings, copy):
@@ -1245,7 +1270,7 @@ def test_a_damaged_description_is_refused(settings, copy):
 def test_every_setting_of_a_store_is_compared(store):
     tested = [*FLAGS, *PREPROCESSING, *EDITED, *FILES]
     assert sorted(tested) == sorted(
-        json.loads((store / "meta.json").read_text()).keys() - {"data", "image_folder"}
+        json.loads((store / "meta.json").read_text()).keys() - {"data", "image_folder", "encoder"}
     )
 
 
@@ -1270,8 +1295,6 @@ def test_extract_into_labels_of_another_setting_is_refused(world, settings, copy
         (tmp_path / "data.json").write_text(
             json.dumps(samples[:23] if field == "images" else samples[::-1])
         )
-    elif field == "encoder":
-        chosen["encoder"] = str(clip)
     else:
         meta["encoder"] = chosen["encoder"] = str(clip)
         weights = load_file(clip / "open_clip_model.safetensors")
@@ -1299,8 +1322,26 @@ def test_other_weights_have_another_fingerprint(world, settings, store, tmp_path
 
 def test_data_that_has_moved_is_the_same_data(world, settings, copy, tmp_path):
     moved = shutil.copy(world / "train.json", tmp_path / "moved.json")
-    extract(**settings | dict(data=str(moved)), out=str(copy))
+    clip = shutil.copytree(world / "clip", tmp_path / "clip")  # whose weights are compared
+    extract(**settings | dict(data=str(moved), encoder=str(clip)), out=str(copy))
     assert len(LabelStore(copy)) == 24
+
+
+@pytest.mark.parametrize("what", ["resize_mode", "nan"])
+def test_an_encoder_that_would_label_wrongly_is_refused(world, settings, tmp_path, what):
+    clip = shutil.copytree(world / "clip", tmp_path / "clip")
+    message = "resizes images by longest"
+    if what == "nan":
+        message = "gives NaN or inf for a word"
+        weights = load_file(clip / "open_clip_model.safetensors")
+        weights["token_embedding.weight"].fill_(float("nan"))
+        save_file(weights, clip / "open_clip_model.safetensors")
+    else:
+        config = json.loads((clip / "open_clip_config.json").read_text())
+        config["preprocess_cfg"]["resize_mode"] = "longest"
+        (clip / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        extract(**settings | dict(encoder=str(clip)), out=str(tmp_path / "labels"))
 
 
 # ---------------------------------------------------------------------------------------- word list
