@@ -52,6 +52,11 @@ def tiny_tokenizer(text):
     )
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first: beside the others they cost no time of their own."""
+    items.sort(key=lambda item: "real" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with vision/ llm/ clip/ images/ train.json chats.jsonl words.txt.
