@@ -314,6 +314,7 @@ def main(argv=None):
 
         toy.ensure()
     check_out_dir(cfg)
+    barrier()  # the toy is there, and all ranks have checked before one writes
 
     model, dtype = build_model(cfg, device)
     train_set, val_set = build_data(cfg, model)
