@@ -6,6 +6,7 @@ Argument: a folder for the results with flags.json in it.
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,7 +30,20 @@ def run(name, stage, *extra):
 
 run("local", "pretrain")
 run("gathered", "pretrain", "--gather_pairs")
+
+# The second rank comes late, as where loading is slow: the first must not have begun the run.
+check = train.check_out_dir
+
+
+def check_late(cfg):
+    time.sleep(3 * dist.get_rank())
+    check(cfg)
+
+
+train.check_out_dir = check_late
 run("pretrain_fsdp", "pretrain", "--fsdp", "--export")
+train.check_out_dir = check
+
 run("finetune", "finetune")
 run("finetune_fsdp", "finetune", "--fsdp", "--save_every", "4")
 run("bf16", "finetune", "--dtype", "bfloat16")
