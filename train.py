@@ -116,13 +116,17 @@ class TrainConfig:
     # SEA
     sea_weight: float = flag(1.0, "λ of Eq. 13; 0: the LLaVA baseline, without labels", "pretrain")
     window: int = flag(2, "k; one patch of each k x k window is drawn", "pretrain", positive=True)
-    tau: float = flag(1.0, "initial temperature of Eq. 11, then learned", "pretrain", True, 100)
+    tau: float = flag(
+        1.0, "initial temperature of Eq. 11, then learned", "pretrain", positive=True, most=100
+    )
     gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "pretrain")
 
     # optimization; a global batch of 256 is 8 GPUs x 32, as in LLaVA
     batch_size: int = flag(32, "samples per GPU in one forward pass", positive=True)
     grad_accum: int = flag(1, "forward passes per step; more of them for fewer GPUs", positive=True)
-    lr: float = flag(1e-3, "peak learning rate; linear warmup, then cosine to 0", "", True, 1)
+    lr: float = flag(
+        1e-3, "peak learning rate; linear warmup, then cosine to 0", positive=True, most=1
+    )
     tune_vision: bool = flag(False, "train the vision tower too (Table 4)", "finetune")
     vision_lr: float = flag(2e-6, "peak learning rate of the vision tower", "finetune", most=1)
     warmup_ratio: float = flag(0.03, "share of the steps with linear warmup", most=1)
@@ -341,7 +345,7 @@ def main(argv=None):
 
 
 def train(run, train_set, val_set, first_step, steps):
-    """The loop: a step, perhaps a validation, a line of the log, a checkpoint."""
+    """The loop: a step, a checkpoint and a validation where they are due, a line of the log."""
     cfg = run.cfg
     loader = iter(micro_batch_loader(train_set, run, first_step, steps))
     with tqdm(total=steps, initial=first_step, disable=rank() > 0, desc="train") as bar:
@@ -403,8 +407,9 @@ def train_step(run, batches, step):
     grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = dict(zip(sums, all_sum(sums.values(), run.device)))
     loss_g = total["loss_g"] / world_size()
-    metrics = dict(step=step, loss_g=loss_g, lr=lr, grad_norm=grad_norm)
-    metrics["positions"] = total["positions"]
+    metrics = dict(
+        step=step, loss_g=loss_g, lr=lr, grad_norm=grad_norm, positions=total["positions"]
+    )
     if cfg.sea_weight > 0:
         metrics.update(
             loss_a=total["loss_a"] / len(batches) / world_size(),
@@ -414,7 +419,7 @@ def train_step(run, batches, step):
         )
     if not math.isfinite(loss_g + metrics.get("loss_a", 0) + grad_norm):
         raise UserError(
-            f"loss or gradient are not finite: {metrics}, samples {samples}; lower --lr, or use "
+            f"loss or gradient is not finite: {metrics}, samples {samples}; lower --lr, or use "
             "--dtype float32"
         )
 
