@@ -37,13 +37,12 @@ LABELS = 10  # per patch, the default of labels.py extract
 # ----------------------------------------------------------------------------- the plan
 
 
-def plan(cfg, ranks, pretrain_cfg):
+def plan(cfg, ranks):
     """Print what a run of this config on `ranks` GPUs needs.
 
-    pretrain_cfg: the config of the first stage, for a stage 2 whose --init does not exist yet.
     Returns the printed figures; those of memory and disk are in bytes.
     """
-    vision, llm, origin = find_parts(cfg, pretrain_cfg)
+    vision, llm = find_parts(cfg)
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     is_pretrain = cfg.stage == "pretrain"
     with torch.device("meta"):
@@ -60,7 +59,7 @@ def plan(cfg, ranks, pretrain_cfg):
     gpu = {length: gpu_memory(cfg, model, ranks, length) for length in (typical, cfg.max_length)}
     disk = plan_disk(cfg, steps, params, dtype, model.image_tokens)
 
-    print(f"{cfg.stage} on {ranks} GPUs: {vision} and {llm} ({origin}); {cfg.data}")
+    print(f"{cfg.stage} on {ranks} GPUs: {vision} and {llm}; {cfg.data}")
     if not Path(cfg.data).is_file():
         print(f"{cfg.data} is not here; it has about {steps['samples']:,} samples")
     print_table("parameters", params)
@@ -72,20 +71,17 @@ def plan(cfg, ranks, pretrain_cfg):
     return dict(params=params, steps=steps, gpu=gpu, cpu=cpu, disk=disk)
 
 
-def find_parts(cfg, pretrain_cfg):
-    """The names of the vision tower and the LLM, and a text that says where they come from."""
-    if cfg.stage == "pretrain" or (cfg.vision and cfg.llm):
-        return cfg.vision, cfg.llm, "as given"
-    if Path(cfg.init).is_dir():
-        folder = find_model(cfg.init)
-        if not (folder / "adapter.safetensors").is_file():
-            raise UserError(f"{folder}: a Llava model; for its plan add --vision and --llm")
-        names = part_names(folder)
-        origin = f"of {folder}"
-    else:
-        names = {"vision": pretrain_cfg.vision, "llm": pretrain_cfg.llm}
-        origin = f"{cfg.init} is no folder, so stage 1's defaults; or give --vision and --llm"
-    return cfg.vision or names["vision"], cfg.llm or names["llm"], origin
+def find_parts(cfg):
+    """The names of the vision tower and the LLM: those of --init, if there is one."""
+    if not cfg.init:
+        return cfg.vision, cfg.llm
+    folder = find_model(cfg.init)
+    if not (folder / "adapter.safetensors").is_file():
+        raise UserError(
+            f"{folder}: no run of stage 1; for its plan give --llm and --vision instead"
+        )
+    names = part_names(folder)
+    return names["vision"], names["llm"]
 
 
 def count_parameters(model, trained=False):

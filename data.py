@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -33,6 +33,8 @@ from transformers import (
 )
 
 IMAGE_TOKEN = "<image>"
+# Others, such as EPS, are not for files of unknown origin. JPEG includes the MPO of phones.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IGNORE = -100  # the target of a position that is not trained, as cross_entropy expects it
 
 
@@ -72,18 +74,21 @@ class JsonLines:
 
     def __init__(self, file, captions):
         self.file = file
-        offsets = [0]
+        offsets = []
         lengths = []
+        offset = 0
         size = file.stat().st_size
         bar = tqdm(total=size, desc=f"reading {file.name}", unit="B", unit_scale=True, delay=5)
         with open(file, "rb") as lines, bar:
             for number, line in enumerate(lines, 1):
-                sample = _parse(line, file, number)
-                check_sample(sample, captions, f"{file}, line {number}")
-                lengths.append(sample_length(sample))
-                offsets.append(offsets[-1] + len(line))
+                if line.strip():
+                    sample = _parse(line, file, number)
+                    check_sample(sample, captions, f"{file}, line {number}")
+                    lengths.append(sample_length(sample))
+                    offsets.append(offset)
+                offset += len(line)
                 bar.update(len(line))
-        self.offsets = np.array(offsets[:-1])
+        self.offsets = np.array(offsets)
         self.lengths = np.array(lengths)
 
     def __len__(self):
@@ -102,14 +107,24 @@ def append_json_line(file, content):
 
 def read_json_lines(file):
     """The objects of a small file that holds one on each line, such as metrics.jsonl."""
-    lines = Path(file).read_text(encoding="utf-8").splitlines()
-    return [_parse(line, file, number) for number, line in enumerate(lines, 1)]
+    lines = enumerate(Path(file).read_bytes().splitlines(), 1)
+    return [read_object(line, file, number) for number, line in lines if line.strip()]
+
+
+def read_object(text, file, line=None, keys=()):
+    """A JSON object, or UserError, which says what is damaged. keys: what it must have."""
+    content = _parse(text, file, line)
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise UserError(
+            f"{file}, line {line or 1}: not an object {{{', '.join(keys)} ...}}; damaged"
+        )
+    return content
 
 
 def _parse(text, file, line=None):
     try:
         return json.loads(text)
-    except ValueError as e:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as e:  # of JSON or of UTF-8; too deep
         line = line or getattr(e, "lineno", "?")
         reason = getattr(e, "msg", e)
         raise UserError(f"{file}, line {line}: not valid JSON ({reason}); mend or remove it") from e
@@ -139,6 +154,7 @@ def check_sample(sample, captions, where):
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list) or len(turns) < 2:
         raise UserError(f'{where}: needs "conversations", a list of at least two turns')
+    image = image_of(sample)
     for turn in turns:
         texts = [turn.get("from"), turn.get("value")] if isinstance(turn, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
@@ -149,7 +165,8 @@ def check_sample(sample, captions, where):
             raise UserError(f"{where}: an answer is empty; nothing could be trained; remove it")
         if IMAGE_TOKEN in turn["value"].replace(IMAGE_TOKEN, ""):
             raise UserError(f"{where}: without {IMAGE_TOKEN}, another {IMAGE_TOKEN} remains")
-    image = image_of(sample)
+        if re.search("[\0\ud800-\udfff]", f"{turn['value']}{image}"):
+            raise UserError(f"{where}: a NUL or half a UTF-16 pair stands in a text or in the path")
     is_path = isinstance(image, str) and image[0] != "/" and ".." not in image.split("/")
     if not is_path and (captions or image is not None):
         raise UserError(f'{where}: needs "image", one path below --image_folder, not {image!r}')
@@ -479,16 +496,19 @@ def vision_preprocess(name):
 
 
 def read_image(file):
-    """-> (RGB image, CRC-32 of the file's bytes); a UserError names a missing or broken file."""
+    """-> (RGB image, CRC-32 of the file's bytes); a UserError names a missing or broken file.
+
+    Images are turned upright as their EXIF says, as transformers' and viewers do.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"{file}: cannot read the image (no such file); check --image_folder")
     try:
         content = Path(file).read_bytes()
-    except OSError as e:
-        raise UserError(
-            f"{file}: cannot read the image ({e.strerror}); check --image_folder"
-        ) from e
-    try:
-        return Image.open(io.BytesIO(content)).convert("RGB"), zlib.crc32(content)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        if image.mode[0] in "IF" or max(image.size) > 100 * min(image.size):
+            raise ValueError(f"{image.mode}, {image.size}: 8 bits a channel, 100:1 at most")
+        return ImageOps.exif_transpose(image).convert("RGB"), zlib.crc32(content)
+    except Exception as e:  # decoders raise nearly everything
         raise UserError(
             f"{file}: not a readable image ({e}); replace the file or remove its sample"
         ) from e
@@ -630,8 +650,9 @@ def cli(main):
     """Run a command line. What the user can mend ends it with one line instead of a traceback."""
     try:
         main()
-    except UserError as e:  # from a DataLoader worker it comes wrapped in the worker's traceback
-        sys.exit("error: " + str(e).rsplit("UserError: ", 1)[-1].strip())
+    except (UserError, OSError) as e:  # from a DataLoader worker it comes with a traceback
+        message = str(e).rsplit("UserError: ", 1)[-1]
+        sys.exit("error: " + " ".join(message.split()))
     except ModuleNotFoundError as e:
         sys.exit(
             f"error: {e}; figures need pip install matplotlib scikit-learn, labels.py "

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -42,10 +43,11 @@ from data import (
     collate,
     load_samples,
     read_json_lines,
+    read_object,
     run_command,
 )
 from figures import draw_curves, draw_radar, draw_tsne, draw_words, history, step_in
-from labels import read_words, true_share
+from labels import rank, read_words, true_share, world_size
 from model import find_model, load_model
 
 # --------------------------------------------------------------------------------------- measures
@@ -81,10 +83,13 @@ def alignment_sums(model, dataset, device):
     """Sums over a LlavaDataset -> [TACS of all images, images, loss of all tokens, trained tokens].
 
     The loss is L_g (Eq. 12) before it is divided by the trained tokens. model: a SEAModel, or what
-    DDP or FSDP made of one.
+    DDP or FSDP made of one; the ranks share the samples.
     """
     sums = torch.zeros(4, dtype=torch.float64)
-    for i in range(len(dataset)):
+    # All ranks must join each forward pass: FSDP gathers weights in it, DDP sends buffers.
+    for first in range(0, len(dataset), world_size()):
+        own = first + rank()
+        i = own if own < len(dataset) else 0
         batch = to_device(collate([dataset[i]], pad_id=0), device)  # one sample: no padding
         out = model(**batch, num_targets=1)  # divided by 1, loss_g stays a sum over tokens
 
@@ -92,8 +97,17 @@ def alignment_sums(model, dataset, device):
         x_v = out["inputs"][out["is_image"]]
         x_t = out["inputs"][is_trained][:-1]  # a caption's last token is the newline that ends it
         score = tacs(x_v, x_t) if len(x_v) and len(x_t) else 0.0
-        sums += torch.tensor([score, len(x_v) > 0, out["loss_g"], is_trained.sum()])
-    return sums.tolist()
+        if own == i:
+            sums += torch.tensor([score, len(x_v) > 0, out["loss_g"], is_trained.sum()])
+    return all_sum(sums, device)
+
+
+def all_sum(values, device):
+    """Sum numbers over the ranks -> list of floats."""
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
 
 
 def to_device(batch, device):
@@ -121,7 +135,7 @@ def find_run(path):
     is_of_run = (folder / "metrics.jsonl").is_file()
     if not is_of_run or not (is_checkpoint or found.name == "model"):
         return Run(path)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_object((folder / "config.json").read_bytes(), folder / "config.json")
     last_step = read_json_lines(folder / "metrics.jsonl")[-1]["step"]
     return Run(path, folder, config, step_in(found.name) or last_step)
 

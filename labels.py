@@ -334,7 +334,7 @@ def _use_full_precision():
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def _search(patches, word_embeds, n, dtype, patch_block=4096, word_block=16384):
+def _search(patches, word_embeds, n, dtype, word_block=4096):
     """The n best of each patch's candidates: the 4n + 24 words of largest products in `dtype`.
 
     -> ids [P, n], float64 scores [P, n], descending, and a bound [P] for the score of other words.
@@ -350,13 +350,12 @@ def _search(patches, word_embeds, n, dtype, patch_block=4096, word_block=16384):
     for start in range(0, len(word_embeds), word_block):
         centred = word_embeds[start : start + word_block] - mean_word
         word_norm = max(word_norm, centred.norm(dim=1).max().item())
-        for first in range(0, len(patches), patch_block):
-            rows = slice(first, first + patch_block)
-            values, columns = _largest(rounded_patches[rows] @ centred.to(dtype).T, num_candidates)
-            values = torch.cat([products[rows], values], 1)
-            columns = torch.cat([candidates[rows], start + columns], 1)
-            products[rows], order = values.topk(num_candidates, sorted=False)
-            candidates[rows] = columns.gather(1, order)
+        values = rounded_patches @ centred.to(dtype).T
+        values, columns = values.topk(min(num_candidates, len(centred)), sorted=False)
+        products = torch.cat([products, values], 1)
+        candidates = torch.cat([candidates, start + columns], 1)
+        products, order = products.topk(num_candidates, sorted=False)
+        candidates = candidates.gather(1, order)
 
     candidates = candidates.sort()[0]  # so that a stable sort leaves the lower id first
     block = 512 if patches.is_cuda else 8  # few launches, or what the CPU's cache holds
@@ -380,21 +379,6 @@ def _search(patches, word_embeds, n, dtype, patch_block=4096, word_block=16384):
     if num_candidates == len(word_embeds):
         bound.fill_(-torch.inf)  # there is no other word
     return ids[:, :n], scores[:, :n], bound
-
-
-def _largest(products, k):
-    """The k largest of each row (all, if there are fewer) -> values and columns [P, k], unordered.
-
-    topk is slow on long rows, so columns form groups of 32, and it first finds the k groups of
-    largest maxima: all of the k largest are in these.
-    """
-    size = math.gcd(products.shape[1], 32)  # below 32 only in a last block that 32 does not divide
-    maxima = products.unflatten(1, (size, -1)).amax(1)
-    groups = maxima.topk(min(k, maxima.shape[1]), sorted=False)[1]
-    columns_of = torch.arange(products.shape[1], device=products.device).view(size, -1).T
-    columns = columns_of[groups].flatten(1)
-    values, order = products.gather(1, columns).topk(min(k, columns.shape[1]), sorted=False)
-    return values, columns.gather(1, order)
 
 
 def _sort(patch, word_embeds, n):
@@ -476,6 +460,15 @@ class LabelStore:
             )
 
 
+def file_crc(file):
+    """The CRC-32 of a file of any size."""
+    crc = 0
+    with open(file, "rb") as f:
+        while block := f.read(2**24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
 def digest(texts):
     """A short fingerprint of a list of strings."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
@@ -505,7 +498,7 @@ def _read_meta(folder, **asked):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         shards = math.ceil(meta["images"] / meta["shard"])
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{folder}: no label store, or a damaged one ({e!r}); make one with labels.py "
             "extract and another --out"
@@ -547,6 +540,35 @@ def _write(file, content):
     os.replace(part, file)
 
 
+# --------------------------------------------------------------------------------------- processes
+
+
+def rank():
+    """The number of this process among those that torchrun has started."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank_device():
+    """The GPU of this process, or the CPU."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(gpu if torch.cuda.is_available() else "cpu")
+
+
+def wait_for(file, hours):
+    """Wait for a file that rank 0 writes."""
+    end = time.monotonic() + 3600 * hours
+    while not file.exists():
+        if time.monotonic() > end:
+            raise UserError(
+                f"{file} does not appear: rank 0 has ended, or this node does not share the folder"
+            )
+        time.sleep(0.2)
+
+
 # ------------------------------------------------------------------------------------------ extract
 
 
@@ -582,29 +604,26 @@ def extract(
     _check_flags(**settings)
     _use_full_precision()  # before the encoder's first batch, so that all are computed alike
 
-    rank = int(os.environ.get("RANK", 0))  # both set by torchrun
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     samples = load_samples(data)
     words = read_words(words)
-    clip = load_encoder(encoder, _rank_device())
+    clip = load_encoder(encoder, rank_device())
     meta = _resolve(settings, samples, words, clip)
 
     folder = Path(out)
-    if rank == 0:
+    if rank() == 0:
         _start_store(folder, meta, words, clip)
-    while not (folder / "words.npy").exists():
-        time.sleep(0.2)  # rank 0 embeds them
+    wait_for(folder / "words.npy", hours=12)  # rank 0 embeds them
     _, files = _read_meta(folder, **meta)
 
     # Which shards are this rank's must not depend on what the others have done
     shards = torch.arange(len(samples)).split(shard)
-    missing = [k for k in range(rank, len(files), ranks) if not files[k].exists()]
+    missing = [k for k in range(rank(), len(files), world_size()) if not files[k].exists()]
     batches = [batch.tolist() for k in missing for batch in shards[k].split(batch_size)]
     labelled = _label(folder, meta, clip, samples, batches, workers)
     # One (ids, scores, crc) for each image
     labelled_images = itertools.chain.from_iterable(zip(*batch) for batch in labelled)
     record_dtype = record_type(len(words), math.prod(meta["grid"]), n)
-    for k in tqdm(missing, f"labelling (rank 0 of {ranks})", disable=rank > 0):
+    for k in tqdm(missing, f"labelling (rank 0 of {world_size()})", disable=rank() > 0):
         records = list(itertools.islice(labelled_images, len(shards[k])))
         _write(files[k], np.array(records, record_dtype))  # in uint16, -1 becomes 65535
 
@@ -618,12 +637,6 @@ def _check_flags(prompt, n, min_score, mass, batch_size, shard, **_):
         )
     if "{}" not in prompt:
         raise UserError(f"--prompt {prompt!r} has no {{}} for the word")
-
-
-def _rank_device():
-    """The GPU of this process, or the CPU."""
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set by torchrun
-    return gpu if torch.cuda.is_available() else "cpu"
 
 
 def _resolve(settings, samples, words, clip):
@@ -801,7 +814,7 @@ def _print_statistics(store, ids, scores, top_words):
 
 def _try_paths(store, samples, rows):
     """Yield (name, ids [images, m, 1]) for each path and sign that the encoder has."""
-    clip = load_encoder(store.meta["encoder"], _rank_device())
+    clip = load_encoder(store.meta["encoder"], rank_device())
     _read_meta(store.folder, weights=weights_crc(clip))
     batches = np.array_split(rows, math.ceil(len(rows) / 32))
     for path, sign in itertools.product(patch_paths(clip), (1, -1)):
@@ -822,7 +835,7 @@ def true_share(truth, words_of):
         for image, words in words_of.items():
             for kind, patches in truth_of[image].items():
                 hits[kind] += [words[int(at)] in accepted for at, accepted in patches.items()]
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"--truth {truth}: not a truth file of these images ({e!r})"[:300]) from e
     hits["all"] = sum(hits.values(), [])
     return {kind: float(np.mean(is_true)) for kind, is_true in hits.items()}

@@ -398,15 +398,17 @@ def newest_checkpoints(out_dir):
 
 
 def part_names(folder):
-    """Where folder/adapter.safetensors says that its parts are: {"vision": ..., "llm": ...}."""
+    """What folder/adapter.safetensors says it was trained with: {vision, llm, image_mode}."""
     with loading(folder), safe_open(folder / "adapter.safetensors", "pt") as file:
         names = file.metadata()
-        return {"vision": names["vision"], "llm": names["llm"]}
+        return {name: names[name] for name in ("vision", "llm", "image_mode")}
 
 
 def load_adapter(folder, dtype):
     """A new model of the parts that folder/adapter.safetensors names, with its weights."""
-    model = new_model(**part_names(folder), dtype=dtype)
+    names = part_names(folder)
+    model = new_model(names["vision"], names["llm"], dtype)
+    model.preprocess["mode"] = names["image_mode"]
     with loading(folder):
         saved = load_file(folder / "adapter.safetensors")
         model.log_scale.data.copy_(saved.pop("log_scale"))
@@ -456,10 +458,10 @@ def full_state(model):
     return get_model_state_dict(model, options=options)
 
 
-def save_adapter(folder, state, parts):
-    """Write folder/adapter.safetensors: adapter_state, and in its header where the parts are."""
+def save_adapter(folder, state, names):
+    """Write folder/adapter.safetensors: adapter_state, and in its header names for part_names."""
     state = {name: p.cpu().contiguous() for name, p in state.items()}
-    save_file(state, Path(folder) / "adapter.safetensors", metadata=parts)
+    save_file(state, Path(folder) / "adapter.safetensors", metadata=names)
 
 
 def save_llava(model, folder, state, dtype):

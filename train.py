@@ -5,7 +5,7 @@
     python train.py --stage finetune --preset toy --init out/toy      stage 2 of the first
     torchrun --nproc_per_node=8 train.py --stage pretrain             the paper's standard run
     torchrun --nproc_per_node=8 train.py --stage finetune --init out/pretrain --fsdp
-    python train.py --stage finetune --world_size 8 --dry_run         its cost; nothing is loaded
+    python train.py --stage finetune --fsdp --dry_run 8               its cost on 8 GPUs
 
 Every flag is a field of TrainConfig. A run leaves in --out_dir: config.json, metrics.jsonl (a line
 per logged step; the last one counts if --resume has repeated a step), checkpoints/step_N/ (all that
@@ -15,6 +15,7 @@ Face Llava folder in stage 2 or with --export.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 import warnings
 from dataclasses import dataclass
@@ -33,10 +35,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -56,10 +56,11 @@ from data import (
     collate,
     load_samples,
     micro_batches,
+    read_object,
     sample_lengths,
 )
-from eval import alignment_sums
-from labels import LabelStore
+from eval import alignment_sums, all_sum
+from labels import LabelStore, file_crc, rank, rank_device, wait_for, world_size
 from loss import total_loss
 from model import (
     adapter_state,
@@ -73,6 +74,8 @@ from model import (
 
 # Said when plain python saves or loads a checkpoint, which is fine.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what schedulers send
 
 # ----------------------------------------------------------------------------- config
 
@@ -98,13 +101,11 @@ class TrainConfig:
     recipe: Literal["llava15", "prime"] = flag(
         "llava15", "llava15: Tables 2 to 5; prime: SEA-PRIME of Table 1"
     )
-    preset: Literal["", "toy", "small"] = flag(
-        "", "toy: the zero-download world, built in ./toy; small: Qwen3-0.6B on one 24 GB GPU"
-    )
+    preset: Literal["", "toy"] = flag("", "toy: the zero-download world, built in ./toy")
 
     # what is trained, on what
-    llm: str = flag("vicuna-7b", "short name (see model.py), hub name, folder or GGUF", "pretrain")
-    vision: str = flag("clip-l-336", "CLIP, SigLIP or DINOv2; short name, hub, folder", "pretrain")
+    llm: str = flag("vicuna-7b", "short name (see model.py), hub name, folder or GGUF file")
+    vision: str = flag("clip-l-336", "CLIP, SigLIP or DINOv2; short name, hub name or folder")
     init: str = flag("", "the out_dir of stage 1, or a Llava folder or hub name", "finetune")
     data: str = flag("data/blip_laion_cc_sbu_558k.json", "samples in LLaVA's format, .json(l)")
     image_folder: str = flag("data/images", "where the samples' image paths begin")
@@ -153,8 +154,7 @@ class TrainConfig:
     keep: int = flag(0, "how many checkpoints stay on disk, the newest; 0: all")
     resume: bool = flag(False, "continue from the newest checkpoint in out_dir")
     export: bool = flag(False, "write model/ as a Llava folder too, as finetune does", "pretrain")
-    dry_run: bool = flag(False, "print what the run would cost and stop; nothing is loaded")
-    world_size: int = flag(0, "dry_run: the number of GPUs; 0: of this launch")
+    dry_run: int = flag(0, "print what the run would cost on so many GPUs; nothing is loaded")
 
     def global_batch(self):
         return self.batch_size * self.grad_accum * world_size()
@@ -162,9 +162,6 @@ class TrainConfig:
 
 # What a recipe, then a preset, changes in TrainConfig's defaults. Flags have the last word.
 _FINETUNE = dict(
-    init="out/pretrain",
-    llm="",
-    vision="",
     labels="",
     sea_weight=0.0,
     image_mode="pad",
@@ -189,7 +186,7 @@ SETTINGS = {
     ("prime", "pretrain"): dict(vision="siglip-384", data="data/alignment_2.5m.jsonl"),
     ("prime", "finetune"): dict(
         _FINETUNE,
-        init="out/prime",
+        vision="siglip-384",
         data="data/Cambrian7M_withsystemprompt.jsonl",
         tune_vision=True,
     ),
@@ -203,14 +200,13 @@ SETTINGS = {
     ),
     ("toy", "finetune"): dict(
         _TOY,
-        init="out/toy",
+        llm="toy/llm",
+        vision="toy/vision",
         data="toy/train_qa.json",
         val_data="toy/val_qa.json",
         lr=3e-4,
         image_mode="",
     ),
-    ("small", "pretrain"): dict(llm="qwen3-0.6b", batch_size=8, grad_accum=32),
-    ("small", "finetune"): dict(init="out/small", batch_size=4, grad_accum=32),
 }
 MAY_CHANGE_ON_RESUME = {
     *("resume", "out_dir", "fsdp", "compile", "grad_checkpoint", "workers", "grad_accum"),
@@ -239,9 +235,7 @@ def parse_config(argv=None):
         name = field.name
         value = getattr(cfg, name)
         only = field.metadata["stage"]
-        # --dry_run of stage 2 may name the parts, for a stage 1 that has not run yet.
-        is_planned = cfg.dry_run and name in ("llm", "vision")
-        if name in given and only not in ("", stage) and not is_planned:
+        if name in given and only not in ("", stage):
             raise UserError(f"--{name} belongs to --stage {only}, not to --stage {stage}")
         if isinstance(value, str):
             continue
@@ -249,21 +243,29 @@ def parse_config(argv=None):
         most = field.metadata["most"]
         if not (0 < value <= most or (value == 0 and least == "at least 0")):
             raise UserError(f"--{name} must be {least} and at most {most}, not {value}")
-    refuse_contradictions(cfg)
+    refuse_contradictions(cfg, given)
     if not cfg.out_dir:
         cfg = dataclasses.replace(cfg, out_dir=default_out_dir(cfg, given))
     return cfg
 
 
-def refuse_contradictions(cfg):
-    is_single = max(cfg.world_size, world_size()) == 1
+def refuse_contradictions(cfg, given):
+    is_single = max(cfg.dry_run, world_size()) == 1
+    parts = {"llm", "vision"} & given.keys()
     for is_wrong, message in (
-        (cfg.gather_pairs and not cfg.sea_weight, "--gather_pairs needs SEA: --sea_weight above 0"),
-        (cfg.gather_pairs and is_single, "--gather_pairs needs several ranks: use torchrun"),
-        (cfg.image_mode and cfg.sea_weight, "--image_mode pad has no labels: use --sea_weight 0"),
-        (cfg.world_size and not cfg.dry_run, "--world_size belongs to --dry_run: use torchrun"),
         (
-            Path(cfg.init, "checkpoints").exists() and not Path(cfg.init, "model").exists(),
+            cfg.gather_pairs and (is_single or not cfg.sea_weight),
+            "--gather_pairs needs SEA and several ranks: --sea_weight above 0, and torchrun",
+        ),
+        (cfg.image_mode and cfg.sea_weight, "--image_mode pad has no labels: use --sea_weight 0"),
+        (
+            cfg.stage == "finetune" and not (cfg.init or parts or cfg.dry_run),
+            "--stage finetune needs --init, the --out_dir of its stage 1 (such as out/pretrain), "
+            "or --llm and --vision to train without a stage 1",
+        ),
+        (cfg.init and parts, "--init names a model, whose parts --llm and --vision are not needed"),
+        (
+            cfg.init and newest_checkpoints(cfg.init) and not Path(cfg.init, "model").exists(),
             f"--init {cfg.init} has not finished: name one of its checkpoints",
         ),
         (
@@ -277,12 +279,13 @@ def refuse_contradictions(cfg):
 
 def default_out_dir(cfg, given):
     """A name below out/ that tells the run from others, such as out/pretrain_gemma-2b_baseline."""
-    if cfg.stage == "finetune":
+    if cfg.init:
         return f"out/{Path(cfg.init).name}_finetune"
+    is_pretrain = cfg.stage == "pretrain"
     name = cfg.preset or ("pretrain" if cfg.recipe == "llava15" else cfg.recipe)
     parts = [Path(given[part]).name for part in ("llm", "vision") if part in given]
     if cfg.sea_weight == 0:
-        parts.append("baseline")
+        parts.append("baseline" if is_pretrain else "finetune_only")
     return "out/" + "_".join([name, *parts])
 
 
@@ -310,42 +313,68 @@ class Run:
 def main(argv=None):
     cfg = parse_config(argv)
     if cfg.dry_run:
-        stage_1 = parse_config(["--recipe", cfg.recipe, "--preset", cfg.preset])
-        return plan(cfg, cfg.world_size or world_size(), stage_1)
+        return plan(cfg, cfg.dry_run)
     device = setup_distributed()
     if cfg.preset == "toy" and rank() == 0:
         import toy
 
         toy.ensure()
-    check_out_dir(cfg)
-    barrier()  # the toy is there, and all ranks have checked before one writes
+    barrier()  # the toy is there
+    settings = fixed_settings(cfg)
+    check_out_dir(cfg, settings)
+    barrier()  # all ranks have checked before one writes
 
     model, dtype = build_model(cfg, device)
     train_set, val_set = build_data(cfg, model)
     train_set[0]  # fails here, before there is a run, if the images are elsewhere
     steps = cfg.max_steps or math.ceil(cfg.epochs * len(train_set) / cfg.global_batch())
     parallel_model = parallelize(cfg, model, dtype)
-    optimizer, schedule = build_optimizer(cfg, model, steps)
+    checkpoint = next(iter(newest_checkpoints(cfg.out_dir)), None) if cfg.resume else None
+    first_step = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+    optimizer, schedule = build_optimizer(cfg, model, steps, first_step)
     run = Run(cfg, device, dtype, model, parallel_model, optimizer, schedule)
-    first_step = load_checkpoint(run) if cfg.resume else 0
+    if checkpoint:
+        load_checkpoint(run, checkpoint)
 
     if rank() == 0:
-        write_config(cfg)
+        write_config(cfg, settings)
         print(cfg)
-        print(f"{len(train_set):,} samples, {steps:,} steps of {cfg.global_batch()}")
-    train(run, train_set, val_set, first_step, steps)
+        print(f"{model.parts}: {len(train_set):,} samples, {steps:,} steps of {cfg.global_batch()}")
+    barrier()
+    wait_for(Path(cfg.out_dir, "config.json"), hours=0.05)
+    with noted_signals() as signals:
+        train(run, train_set, val_set, first_step, steps, signals)
     save_model(run, Path(cfg.out_dir, "model"))
     if rank() == 0:
         print(f"wrote {cfg.out_dir}/model")
-        if cfg.stage == "pretrain":
-            print(f"Look at its visual tokens: python eval.py words --model {cfg.out_dir}")
-        if cfg.preset == "toy":
-            print("Compare with the baseline, over three seeds: python toy.py report")
     barrier()
 
 
-def train(run, train_set, val_set, first_step, steps):
-    """The loop: a step, a checkpoint and a validation where they are due, a line of the log."""
+@contextlib.contextmanager
+def noted_signals():
+    """A list of the signals that have come, each of which asks the run to end."""
+    received = []
+    handlers = {}
+    for number in STOP_SIGNALS:
+        handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker):
+    """In a process that loads data: the signals are for the process that trains."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def train(run, train_set, val_set, first_step, steps, signals):
+    """The loop: a step, a checkpoint and a validation where they are due, a line of the log.
+
+    signals: a list; when it is no longer empty on any rank, the run saves a checkpoint and ends.
+    """
     cfg = run.cfg
     loader = iter(micro_batch_loader(train_set, run, first_step, steps))
     with tqdm(total=steps, initial=first_step, disable=rank() > 0, desc="train") as bar:
@@ -356,8 +385,9 @@ def train(run, train_set, val_set, first_step, steps):
             seconds = time.perf_counter() - start
             metrics["samples_per_s"] = cfg.global_batch() / seconds
             metrics["positions_per_s"] = metrics.pop("positions") / seconds
-            if cfg.save_every and step % cfg.save_every == 0:  # whatever validation meets
-                save_checkpoint(run, step)
+            [is_interrupted] = all_sum([len(signals)], run.device)
+            if is_interrupted or (cfg.save_every and step % cfg.save_every == 0):
+                save_checkpoint(run, step)  # whatever validation meets
             is_last = step == steps
             if val_set and (step % cfg.val_every == 0 or is_last):
                 metrics.update(validate(run, val_set))
@@ -367,6 +397,10 @@ def train(run, train_set, val_set, first_step, steps):
                 bar.set_postfix({k: f"{metrics[k]:.3f}" for k in shown if k in metrics})
                 if step % cfg.log_every == 0 or is_last or "val_loss" in metrics:
                     append_json_line(Path(cfg.out_dir, "metrics.jsonl"), metrics)
+            if is_interrupted:
+                raise UserError(
+                    f"a signal ended the run; step {step} is saved: go on with --resume"
+                )
 
 
 def train_step(run, batches, step):
@@ -460,20 +494,16 @@ def micro_batch_loader(train_set, run, first_step, steps):
         num_workers=cfg.workers,
         collate_fn=functools.partial(collate, pad_id=run.model.tokenizer.pad_token_id),
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals,
     )
 
 
 def validate(run, val_set):
-    """Loss and, in stage 1, TACS on val_set, whose samples are shared out over the ranks."""
-    own = Subset(val_set, range(rank(), len(val_set), world_size()))
+    """Loss and, in stage 1, TACS on val_set."""
     with run.autocast():
-        sums = alignment_sums(run.parallel_model, own, run.device)
-        if len(own) < math.ceil(len(val_set) / world_size()):
-            # All ranks must join each forward pass: FSDP gathers weights in it, DDP sends buffers.
-            alignment_sums(run.parallel_model, Subset(val_set, [0]), run.device)
+        tacs, images, loss, tokens = alignment_sums(run.parallel_model, val_set, run.device)
     if run.cfg.fsdp:
         run.parallel_model.reshard()  # as a backward pass would; checkpoints hold shards
-    tacs, images, loss, tokens = all_sum(sums, run.device)
     metrics = {"val_loss": loss / max(tokens, 1)}
     if run.cfg.stage == "pretrain":
         metrics["val_tacs"] = tacs / images
@@ -483,35 +513,20 @@ def validate(run, val_set):
 # ----------------------------------------------------------------------------- distributed
 
 
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def setup_distributed():
     """-> device. Under torchrun it joins the group; plain python is a single process."""
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32, as in LLaVA
     if rank() != 0:
         disable_progress_bar()  # of transformers, one for each file that it loads
-    device = None
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = rank_device()
+    gpu = None
+    if device.type == "cuda":
+        gpu = device
+        torch.cuda.set_device(gpu)
     if "RANK" in os.environ and not dist.is_initialized():
         an_hour = datetime.timedelta(hours=1)  # rank 0 may take long to write the model
-        dist.init_process_group(timeout=an_hour, device_id=device)
-    return device or torch.device("cpu")
-
-
-def all_sum(values, device):
-    """Sum numbers over the ranks -> list of floats."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
+        dist.init_process_group(timeout=an_hour, device_id=gpu)
+    return device
 
 
 def barrier():
@@ -548,10 +563,12 @@ def build_model(cfg, device):
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
     torch.manual_seed(cfg.seed)
-    if cfg.stage == "pretrain":
-        model = new_model(cfg.vision, cfg.llm, dtype, cfg.tau)
-    else:
+    is_pretrain = cfg.stage == "pretrain"
+    if cfg.init:
         model = load_model(cfg.init)
+    else:
+        model = new_model(cfg.vision, cfg.llm, dtype if is_pretrain else torch.float32, cfg.tau)
+    if not is_pretrain:
         model.thaw_llm(cfg.tune_vision, dtype)
     model.log_scale.requires_grad_(cfg.sea_weight > 0)
     if cfg.image_mode:
@@ -560,9 +577,11 @@ def build_model(cfg, device):
         enable = getattr(model.llava, "activation_checkpointing_enable", None)
         enable = enable or model.llava.gradient_checkpointing_enable  # before transformers 5.23
         enable({"use_reentrant": False})
-        # transformers checkpoints in training mode only; no LLM here has dropout
-        model.llava.model.language_model.train()
-        model.vision_tower.train(cfg.tune_vision)
+        # transformers checkpoints blocks in training mode. Of a block alone this changes nothing
+        # else: what drops out lies inside, and stays as in validation.
+        vision_blocks, llm_blocks = model.blocks()
+        for block in [*llm_blocks, *(vision_blocks if cfg.tune_vision else ())]:
+            block.training = True
     # FSDP moves each shard by itself.
     return (model if cfg.fsdp else model.to(device)), dtype
 
@@ -594,60 +613,83 @@ def build_data(cfg, model):
     return train_set, Subset(val_set, range(len(val_set))[: cfg.val_samples])
 
 
-def build_optimizer(cfg, model, steps):
+def build_optimizer(cfg, model, steps, first_step):
     """AdamW without weight decay, as in LLaVA; the vision tower has a rate of its own."""
-    groups = [{"params": [], "lr": cfg.lr}, {"params": [], "lr": cfg.vision_lr}]
+    groups = [{"params": [], "lr": lr, "initial_lr": lr} for lr in (cfg.lr, cfg.vision_lr)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[".vision_tower." in name]["params"].append(parameter)
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # PyTorch's betas and eps are LLaVA's
     warmup_steps = math.ceil(cfg.warmup_ratio * steps)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, warmup_steps, steps, last_epoch=first_step - 1
+    )
+    return optimizer, schedule
 
 
 # ----------------------------------------------------------------------------- files
 
 
-def check_out_dir(cfg):
-    """Refuse a folder that holds a run or, with --resume, a run of other settings."""
+def fixed_settings(cfg):
+    """{name: value} of what --resume must not change. Files may move: their CRCs stand for them."""
+    settings = dataclasses.asdict(cfg)
+    for name in MAY_CHANGE_ON_RESUME:
+        del settings[name]
+    settings["samples_per_step"] = cfg.global_batch()
+    files = {"data": Path(cfg.data), "labels": Path(cfg.labels, "meta.json")}
+    if cfg.sea_weight == 0:
+        del files["labels"]
+    return settings | {name: file_crc(file) for name, file in files.items() if file.is_file()}
+
+
+def check_out_dir(cfg, settings):
+    """Refuse a folder that holds a run, other settings with --resume, or ranks that differ."""
     file = Path(cfg.out_dir, "config.json")
-    if not file.exists():
-        return
-    if not cfg.resume:
-        raise UserError(f"{cfg.out_dir} holds a run: --resume it, or use another --out_dir")
-    saved = json.loads(file.read_text())
-    for name, value in fixed_settings(cfg).items():
-        if saved[name] != value:
-            raise UserError(f"--resume: {name} is {value}, but {saved[name]} in {file}")
+    if file.exists():
+        if not cfg.resume:
+            raise UserError(f"{cfg.out_dir} holds a run: --resume it, or use another --out_dir")
+        saved = read_object(file.read_bytes(), file, keys=["fixed"])
+        refuse_difference(settings, saved["fixed"], f"in {file}")
+    settings = settings | {"torch": torch.__version__, "transformers": transformers.__version__}
+    of_rank_0 = [settings]
+    if dist.is_initialized():
+        dist.broadcast_object_list(of_rank_0)
+    refuse_difference(settings, of_rank_0[0], f"on rank 0; this is rank {rank()}")
 
 
-def write_config(cfg):
+def refuse_difference(settings, others, where):
+    for name, value in settings.items():
+        if value != others.get(name):
+            raise UserError(f"{name} is {value}, but {others.get(name)} {where}")
+
+
+def write_config(cfg, settings):
     """Write config.json. Of two launches at the same moment, the second fails here."""
     file = Path(cfg.out_dir, "config.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w" if cfg.resume else "x") as f:
-        json.dump(dataclasses.asdict(cfg) | fixed_settings(cfg), f, indent=1)
-
-
-def fixed_settings(cfg):
-    """{name: value} of what --resume must not change."""
-    settings = dataclasses.asdict(cfg) | {"samples_per_step": cfg.global_batch()}
-    return {name: value for name, value in settings.items() if name not in MAY_CHANGE_ON_RESUME}
+        json.dump(dataclasses.asdict(cfg) | {"fixed": settings}, f, indent=1)
 
 
 def training_state(run):
-    """What a checkpoint restores. The weights are the model's own: dcp.load writes into them."""
-    trained = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
-    optimizer = get_optimizer_state_dict(run.model, run.optimizer)
-    return {"model": trained, "optimizer": optimizer, "schedule": run.schedule.state_dict()}
+    """Name -> tensor of what a checkpoint restores: the trained weights and AdamW's moments.
+
+    The tensors are those of model and optimizer themselves: dcp.load writes into them.
+    """
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(run.model, run.optimizer, options=options)
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
+            state[f"model.{name}"] = parameter.detach()
+    return {name: value for name, value in state.items() if torch.is_tensor(value)}
 
 
 def save_checkpoint(run, step):
-    """Write checkpoints/step_N whole or not at all, each rank its shards.
+    """Write checkpoints/step_N whole or not at all, each rank its shards, as safetensors.
 
-    The step is all there is to know of the data position and of random numbers: the order depends
-    on nothing else, and what is drawn is keyed by (seed, step, sample).
+    The step is all there is to know of the data position, the learning rate and random numbers:
+    the order depends on nothing else, and what is drawn is keyed by (seed, step, sample).
     """
     folder = Path(run.cfg.out_dir) / f"checkpoints/step_{step}"
     unfinished = folder.with_name(folder.name + ".tmp")
@@ -656,9 +698,11 @@ def save_checkpoint(run, step):
         unfinished.mkdir(parents=True)
     barrier()
     save_model(run, unfinished)
-    dcp.save(training_state(run), checkpoint_id=unfinished)
+    writer = dcp.HuggingFaceStorageWriter(unfinished / "state", save_distributed=True)
+    dcp.save(training_state(run), storage_writer=writer)
     barrier()
     if rank() == 0:
+        (unfinished / "crc.json").write_text(json.dumps(weight_crcs(unfinished)))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         if run.cfg.keep:
@@ -667,19 +711,18 @@ def save_checkpoint(run, step):
     barrier()
 
 
-def load_checkpoint(run):
-    """Restore the newest checkpoint, of any number of ranks -> the number of steps done."""
-    folder = next(iter(newest_checkpoints(run.cfg.out_dir)), None)
-    if not folder:  # killed before the first one
-        return 0
-    state = training_state(run)
-    try:
-        dcp.load(state, checkpoint_id=folder)
-    except dcp.CheckpointException as e:
-        raise UserError(f"{folder}: truncated or corrupt; remove it to resume from another") from e
-    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
-    run.schedule.load_state_dict(state["schedule"])
-    return int(folder.name.removeprefix("step_"))
+def load_checkpoint(run, folder):
+    """Restore a checkpoint, of any number of ranks."""
+    crcs = (folder / "crc.json").read_bytes()
+    if rank() == 0 and read_object(crcs, folder / "crc.json") != weight_crcs(folder):
+        raise UserError(f"{folder}: truncated or corrupt; remove it to resume from another")
+    barrier()
+    reader = dcp.HuggingFaceStorageReader(folder / "state")
+    dcp.load(training_state(run), storage_reader=reader)
+
+
+def weight_crcs(folder):
+    return {str(file.relative_to(folder)): file_crc(file) for file in folder.rglob("*.safetensors")}
 
 
 def save_model(run, folder):
@@ -690,9 +733,12 @@ def save_model(run, folder):
     if rank() == 0:
         folder.mkdir(exist_ok=True)
         if is_pretrain:
-            save_adapter(folder, adapter, run.model.parts)
+            origin = run.model.parts | {"image_mode": run.model.preprocess["mode"]}
+            save_adapter(folder, adapter, origin)
         if state:
             save_llava(run.model, folder, state, run.dtype)
+        for file in folder.glob("*.safetensors"):
+            file.chmod(folder.stat().st_mode & 0o666)  # safetensors lets only their owner read
 
 
 if __name__ == "__main__":

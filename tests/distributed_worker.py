@@ -35,9 +35,9 @@ run("gathered", "pretrain", "--gather_pairs")
 check = train.check_out_dir
 
 
-def check_late(cfg):
+def check_late(*args):
     time.sleep(3 * dist.get_rank())
-    check(cfg)
+    check(*args)
 
 
 train.check_out_dir = check_late

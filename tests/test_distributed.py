@@ -51,8 +51,8 @@ def record_gradients(train, folder):
     build = train.build_optimizer if not hasattr(train, "_build") else train._build
     train._build = build
 
-    def recording(cfg, model, steps):
-        optimizer, schedule = build(cfg, model, steps)
+    def recording(cfg, model, *args):
+        optimizer, schedule = build(cfg, model, *args)
 
         def write(*_):
             if schedule.last_epoch == 3:

@@ -117,7 +117,7 @@ def test_bfloat16_keeps_fp32_masters_and_follows_fp32(flags, tmp_path):
         (["--batch_size", "0"], "--batch_size must be above 0 and at most 1000000000"),
         (["--sea_weight", "-1"], "--sea_weight must be at least 0 and at most 1000000000"),
         (["--gather_pairs", "--sea_weight", "0"], "--gather_pairs needs SEA"),
-        (["--gather_pairs"], "--gather_pairs needs several ranks"),
+        (["--gather_pairs"], "--gather_pairs needs SEA and several ranks"),
         (["--out_dir", "{tmp}", "--labels", "{tmp}/none"], "none: no label store"),
         (["--out_dir", "{tmp}", "--data", "{tmp}/none.json"], "none.json: no such data file"),
         (
@@ -141,10 +141,10 @@ def test_bad_flags_and_bad_paths_are_refused_in_one_line(flags, tmp_path, extra,
         (["--tune_vision"], "--tune_vision belongs to --stage finetune"),
         (["--image_mode", "pad"], "--image_mode pad has no labels"),
         (["--fsdp"], "--fsdp needs torchrun"),
-        (["--world_size", "8"], "--world_size belongs to --dry_run"),
+        (["--stage", "finetune"], "--stage finetune needs --init"),
         (["--stage", "finetune", "--sea_weight", "1"], "--sea_weight belongs to --stage pretrain"),
-        (["--stage", "finetune", "--llm", "gemma-2b"], "--llm belongs to --stage pretrain"),
-        (["--stage", "finetune", "--vision", "x"], "--vision belongs to --stage pretrain"),
+        (["--stage", "finetune", "--init", "x", "--llm", "gemma-2b"], "--init names a model"),
+        (["--stage", "finetune", "--init", "x", "--vision", "y"], "--init names a model"),
         (["--keep", "-1"], "--keep must be at least 0 and at most 1000000000"),
         (["--save_every", "-1"], "--save_every must be at least 0 and at most 1000000000"),
     ],
@@ -172,9 +172,8 @@ def test_flags_of_the_other_stage_are_refused(flags, message):
             ),
         ),
         (
-            ["--stage", "finetune"],
+            ["--stage", "finetune", "--init", "out/pretrain"],
             dict(
-                init="out/pretrain",
                 data="data/llava_v1_5_mix665k.json",
                 lr=2e-5,
                 batch_size=16,
@@ -183,14 +182,18 @@ def test_flags_of_the_other_stage_are_refused(flags, message):
                 tune_vision=False,
             ),
         ),
-        (["--stage", "finetune", "--tune_vision"], dict(tune_vision=True, vision_lr=2e-6, lr=2e-5)),
+        (
+            ["--stage", "finetune", "--init", "x", "--tune_vision"],
+            dict(tune_vision=True, vision_lr=2e-6, lr=2e-5),
+        ),
         (
             ["--recipe", "prime"],
             dict(vision="siglip-384", data="data/alignment_2.5m.jsonl", lr=1e-3, sea_weight=1.0),
         ),
         (
-            ["--recipe", "prime", "--stage", "finetune"],
+            ["--recipe", "prime", "--stage", "finetune", "--dry_run", "8"],
             dict(
+                vision="siglip-384",
                 data="data/Cambrian7M_withsystemprompt.jsonl",
                 tune_vision=True,
                 vision_lr=2e-6,
@@ -198,10 +201,9 @@ def test_flags_of_the_other_stage_are_refused(flags, message):
             ),
         ),
         (
-            ["--preset", "toy", "--stage", "finetune", "--lr", "0.1"],
-            dict(init="out/toy", lr=0.1, sea_weight=0.0),
+            ["--preset", "toy", "--stage", "finetune", "--lr", "0.1", "--llm", "toy/llm"],
+            dict(init="", vision="toy/vision", lr=0.1, sea_weight=0.0),
         ),
-        (["--preset", "small"], dict(llm="qwen3-0.6b", batch_size=8, grad_accum=32)),
     ],
 )
 def test_recipes(flags, expected):
@@ -314,8 +316,15 @@ def test_a_run_is_never_written_over_and_resuming_checks_the_settings(flags, tmp
         train.main([*flags, *out])
     with pytest.raises(UserError, match="lr is 0.5, but 0.001 in"):
         train.main([*flags, *out, "--resume", "--lr", "0.5"])
-    [shard] = (tmp_path / "checkpoints/step_6").glob("*.distcp")
-    shard.write_bytes(shard.read_bytes()[:-200])
+    [shard] = (tmp_path / "checkpoints/step_6/state").iterdir()
+    content = shard.read_bytes()
+    flipped = bytearray(content)
+    flipped[-50] ^= 1
+    for damaged in (content[:-200], flipped):
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match="step_6: truncated or corrupt"):
+            train.main([*flags, *out, "--resume"])
+    shard.unlink()
     with pytest.raises(UserError, match="step_6: truncated or corrupt"):
         train.main([*flags, *out, "--resume"])
 
@@ -323,8 +332,8 @@ def test_a_run_is_never_written_over_and_resuming_checks_the_settings(flags, tmp
 def test_gradients_are_clipped_to_the_given_norm(finetune_flags, tmp_path, monkeypatch):
     norms, build = [], train.build_optimizer
 
-    def watching(cfg, model, steps):
-        optimizer, schedule = build(cfg, model, steps)
+    def watching(cfg, model, steps, first_step):
+        optimizer, schedule = build(cfg, model, steps, first_step)
         grads = [p for p in model.parameters() if p.requires_grad]
         optimizer.register_step_pre_hook(
             lambda *_: norms.append(sum((p.grad**2).sum() for p in grads) ** 0.5)
@@ -400,12 +409,11 @@ def test_a_command_line_error_is_one_line(flags, tmp_path):
         (["--llm", "gemma-2b", "--vision", "my/tower"], "out/pretrain_gemma-2b_tower"),
         (["--recipe", "prime", "--llm", "llama-3-8b"], "out/prime_llama-3-8b"),
         (["--preset", "toy", "--sea_weight", "0"], "out/toy_baseline"),
-        (["--stage", "finetune"], "out/pretrain_finetune"),
         (
             ["--stage", "finetune", "--init", "out/pretrain_baseline/"],
             "out/pretrain_baseline_finetune",
         ),
-        (["--stage", "finetune", "--preset", "toy"], "out/toy_finetune"),
+        (["--stage", "finetune", "--llm", "gemma-2b"], "out/pretrain_gemma-2b_finetune_only"),
         (["--out_dir", "mine"], "mine"),
     ],
 )
