@@ -259,7 +259,8 @@ def short_names(hub, monkeypatch, tmp_path):
 
 
 def dry_run(flags):
-    return train.main([*flags.split(), "--dry_run"])
+    """What is planned for one GPU, or for those that the flags name."""
+    return train.main(["--dry_run", "1", *flags.split()])
 
 
 def first_gpu(plan):
@@ -319,7 +320,7 @@ def test_sizes_and_steps_of_every_pair_of_parts(llm, vision):
     d, D = WIDTHS[vision], WIDTHS[llm]
     adapter = d * D + D + D * D + D
     for stage, steps, warmup, batch in (("pretrain", 2181, 66, 256), ("finetune", 5198, 156, 128)):
-        plan = dry_run(f"--stage {stage} --world_size 8 --llm {llm} --vision {vision}")
+        plan = dry_run(f"--stage {stage} --dry_run 8 --llm {llm} --vision {vision}")
         tuned = stage == "finetune"
         assert plan["params"]["all"] == {
             "vision": TOWER_SIZES[vision],
@@ -344,7 +345,7 @@ def test_sizes_and_steps_of_every_pair_of_parts(llm, vision):
 
 
 def test_the_papers_run_as_printed(capsys):
-    plan = dry_run("--world_size 8")
+    plan = dry_run("--dry_run 8")
     out = capsys.readouterr().out
     assert plan["params"]["all"]["total"] == 7_062_902_784 + 1  # the temperature
     assert plan["params"]["trained"]["total"] == 20_979_712 + 1
@@ -354,8 +355,8 @@ def test_the_papers_run_as_printed(capsys):
     assert plan["disk"]["labels"] == labels * 4 and "12.86" in out
     assert plan["disk"]["labels of 65,535 words or more"] == labels * 6
     config = json.loads(out.strip().splitlines()[-1])
-    assert config["llm"] == "vicuna-7b" and config["world_size"] == 8 and config["lr"] == 1e-3
-    plan = dry_run("--world_size 8 --sea_weight 0")
+    assert config["llm"] == "vicuna-7b" and config["dry_run"] == 8 and config["lr"] == 1e-3
+    plan = dry_run("--dry_run 8 --sea_weight 0")
     assert "labels" not in plan["disk"]
     assert plan["params"]["trained"]["total"] == 20_979_712
 
@@ -370,8 +371,8 @@ def test_nothing_is_loaded_or_written(monkeypatch, tmp_path, hub):
 
     monkeypatch.setattr(bench, "new_model", new_model)
     before = {p: p.stat().st_mtime_ns for p in hub.rglob("*")}
-    dry_run("--world_size 8 --llm vicuna-13b")
-    dry_run("--stage finetune --recipe prime --world_size 8")
+    dry_run("--dry_run 8 --llm vicuna-13b")
+    dry_run("--stage finetune --recipe prime --dry_run 8")
     assert len(made) == 2
     for built in made:
         assert {t.device.type for t in [*built.parameters(), *built.buffers()]} == {"meta"}
@@ -381,7 +382,7 @@ def test_nothing_is_loaded_or_written(monkeypatch, tmp_path, hub):
 
 def test_memory_of_weights_by_hand():
     llm, vision, adapter = LLM_SIZES["vicuna-7b"], TOWER_SIZES["clip-l-336"], 20_979_712
-    one, eight = (dry_run(f"--world_size {n}") for n in (1, 8))
+    one, eight = (dry_run(f"--dry_run {n}") for n in (1, 8))
     trained = adapter + 1  # the temperature
     # copies: autocast's in bf16; DDP's buckets are the gradients themselves
     for mem in eight["gpu"].values():
@@ -394,7 +395,7 @@ def test_memory_of_weights_by_hand():
     assert one["cpu"] == {"while loading": loading}
     assert eight["cpu"] == {"while loading": 8 * loading}
 
-    finetune, tuned = "--stage finetune --fsdp --world_size 16", llm + adapter
+    finetune, tuned = "--stage finetune --fsdp --dry_run 16", llm + adapter
     mem, accumulated = (first_gpu(dry_run(f"{finetune} {more}")) for more in ("", "--grad_accum 2"))
     assert mem["trained"] == mem["gradients"] == 4 * tuned / 16
     assert mem["moments"] == 8 * tuned / 16
@@ -421,19 +422,19 @@ def test_memory_of_weights_by_hand():
 def test_checkpoints_and_models_on_disk():
     adapter, total = 20_979_712 + 1, 7_062_902_784 + 1  # with the temperature
     checkpoint = 16 * adapter  # weight, two moments, adapter again
-    disk = dry_run("--world_size 8")["disk"]  # 2181 steps, one every 500, all kept
+    disk = dry_run("--dry_run 8")["disk"]  # 2181 steps, one every 500, all kept
     assert disk["a checkpoint"] == checkpoint and disk["checkpoints that stay"] == 4 * checkpoint
     assert disk["model"] == 4 * adapter
-    disk = dry_run("--world_size 8 --keep 3 --export")["disk"]
+    disk = dry_run("--dry_run 8 --keep 3 --export")["disk"]
     assert disk["model"] == 4 * adapter + 2 * total
     assert disk["checkpoints that stay"] == 3 * (checkpoint + 2 * total)
     for flags in ("--save_every 0", "--max_steps 499"):
-        assert dry_run(f"--world_size 8 {flags}")["disk"]["checkpoints that stay"] == 0
+        assert dry_run(f"--dry_run 8 {flags}")["disk"]["checkpoints that stay"] == 0
 
 
 def test_a_tuned_tower_trains_all_but_its_last_block():
     def trained_vision(flags):
-        plan = dry_run(f"--stage finetune --world_size 8 {flags}")
+        plan = dry_run(f"--stage finetune --dry_run 8 {flags}")
         return plan["params"]["trained"]["vision"]
 
     assert trained_vision("--tune_vision") == CLIP_EMBED + 2 * 1024 + 23 * CLIP_BLOCK
@@ -445,7 +446,7 @@ def test_a_tuned_tower_trains_all_but_its_last_block():
 
 
 def test_the_plan_of_sea_prime(capsys):
-    plan = dry_run("--stage finetune --world_size 8 --recipe prime")
+    plan = dry_run("--stage finetune --dry_run 8 --recipe prime")
     assert plan["params"]["all"]["vision"] == TOWER_SIZES["siglip-384"]
     assert plan["steps"]["samples"] == 7_070_000
     assert plan["steps"]["image tokens a step"] == 128 * 729
@@ -463,7 +464,7 @@ def test_samples_of_a_file_that_is_here(tmp_path):
         run = dry_run(flags)["steps"]
         return [run[k] for k in ("samples", "samples a step", "steps", "warmup steps")]
 
-    steps = "--batch_size 4 --grad_accum 2 --world_size 3 --epochs 2.5"
+    steps = "--batch_size 4 --grad_accum 2 --dry_run 3 --epochs 2.5"
     assert counts(f"--data blip_laion_cc_sbu_558k.json {steps}") == [100, 24, 11, 1]
     assert counts("--data own.jsonl --max_steps 70") == [50, 32, 70, 3]
     with pytest.raises(UserError, match="nowhere.json: no such data file"):
@@ -472,27 +473,25 @@ def test_samples_of_a_file_that_is_here(tmp_path):
 
 def test_stage_2_finds_its_parts(tmp_path, hub, capsys):
     def parts(flags=""):
-        params = dry_run(f"--stage finetune --world_size 8 {flags}")["params"]["all"]
+        params = dry_run(f"--stage finetune --dry_run 8 {flags}")["params"]["all"]
         return params["vision"], params["llm"]
 
     assert parts() == (TOWER_SIZES["clip-l-336"], LLM_SIZES["vicuna-7b"])
-    assert "out/pretrain is no folder, so stage 1's defaults" in capsys.readouterr().out
     assert parts("--recipe prime") == (TOWER_SIZES["siglip-384"], LLM_SIZES["vicuna-7b"])
-    assert parts("--preset small") == (TOWER_SIZES["clip-l-336"], LLM_SIZES["qwen3-0.6b"])
     assert parts("--llm gemma-2b") == (TOWER_SIZES["clip-l-336"], LLM_SIZES["gemma-2b"])
 
     folder = tmp_path / "out/pretrain/model"
     folder.mkdir(parents=True)
-    names = dict(vision="siglip-384", llm="phi-3-mini")
+    names = dict(vision="siglip-384", llm="phi-3-mini", image_mode="pad")
     save_file({"log_scale": torch.zeros(1)}, folder / "adapter.safetensors", metadata=names)
-    assert parts() == (TOWER_SIZES["siglip-384"], LLM_SIZES["phi-3-mini"])
-    assert "(of out/pretrain/model)" in capsys.readouterr().out
-    assert parts("--llm gemma-2b") == (TOWER_SIZES["siglip-384"], LLM_SIZES["gemma-2b"])
+    found = parts("--init out/pretrain")
+    assert found == (TOWER_SIZES["siglip-384"], LLM_SIZES["phi-3-mini"])
+    assert "siglip-384 and phi-3-mini" in capsys.readouterr().out
     # what tells a Llava folder
     (folder / "adapter.safetensors").rename(folder / "processor_config.json")
-    message = "out/pretrain/model: a Llava model.* add --vision and --llm"
+    message = "out/pretrain/model: no run of stage 1; for its plan give --llm and --vision"
     with pytest.raises(UserError, match=message):
-        parts()
+        parts("--init out/pretrain")
     found = parts("--llm gemma-2b --vision siglip-384")
     assert found == (TOWER_SIZES["siglip-384"], LLM_SIZES["gemma-2b"])
 
@@ -511,7 +510,7 @@ def test_stage_2_finds_its_parts(tmp_path, hub, capsys):
 def test_the_plan_is_of_what_a_run_builds(flags, world, tmp_path):
     parts = f"--vision {world}/vision --llm {world}/llm"
     model, _ = train.build_model(train.parse_config(parts.split()), torch.device("cpu"))
-    names = dict(vision=f"{world}/vision", llm=f"{world}/llm")
+    names = dict(vision=f"{world}/vision", llm=f"{world}/llm", image_mode="square")
     save_file(adapter_state(model), tmp_path / "adapter.safetensors", metadata=names)
     flags += f" --init {tmp_path}" if "finetune" in flags else f" {parts}"
     flags += "" if "dtype" in flags else " --dtype float32"
@@ -577,7 +576,7 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
     weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
     # of autocast's copies
     shapes = {s for p in built.parameters() if p.dim() > 1 for s in (p.shape, p.shape[::-1])}
-    cfg = train.parse_config(f"--stage {stage} --batch_size 4".split())
+    cfg = train.parse_config(f"--stage {stage} --batch_size 4 --dry_run 1".split())
 
     def kept():
         storages = {}

@@ -158,8 +158,10 @@ def test_left_padded_prompts_generate_as_alone(model, batch):
 
 
 def test_adapter_file_round_trip_and_refusals(model, tmp_path, world):
-    save_adapter(tmp_path, adapter_state(model), model.parts)
+    names = model.parts | {"image_mode": "pad"}
+    save_adapter(tmp_path, adapter_state(model), names)
     loaded = load_model(tmp_path)
+    assert loaded.preprocess == model.preprocess | {"mode": "pad"}  # not the tower's own
     for (name, a), b in zip(adapter_state(model).items(), adapter_state(loaded).values()):
         assert torch.equal(a, b), name
     whole = (tmp_path / "adapter.safetensors").read_bytes()
@@ -171,7 +173,7 @@ def test_adapter_file_round_trip_and_refusals(model, tmp_path, world):
         state | {"adapter.linear_1.weight": torch.zeros(24, 31)},
         {name: w for name, w in state.items() if name != "log_scale"},
     ):
-        save_adapter(tmp_path, other, model.parts)
+        save_adapter(tmp_path, other, names)
         with pytest.raises(UserError, match="cannot be loaded .*(size mismatch|log_scale)"):
             load_model(tmp_path)
     with pytest.raises(UserError, match="no adapter.safetensors"):

