@@ -237,7 +237,7 @@ def kept_bytes(block, width, size):
 def time_search(
     patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10, repeats: int = 5
 ):
-    """Time nearest_words against the bare products of the same shapes, and faiss if installed.
+    """Time nearest_words against the bare products of the same shapes.
 
     Random unit vectors are searched. The searches take turns; for each are printed its median time
     and the median (least to greatest) of nearest_words' time divided by its time in the same turn.
@@ -252,15 +252,6 @@ def time_search(
         "product in float32": lambda: multiply(patch_embeds, word_embeds),
         "product in bfloat16": lambda: multiply(bf16_patches, bf16_words),
     }
-    try:
-        import faiss
-
-        index = faiss.IndexFlatIP(dim)
-        index.add(word_embeds.cpu().numpy())
-        searches["faiss.IndexFlatIP, CPU"] = lambda: index.search(patch_embeds.cpu().numpy(), n)
-    except ImportError:
-        print("faiss is not installed (pip install faiss-cpu): left out")
-
     seconds = {name: [] for name in searches}
     for _ in range(repeats):
         for name, search in searches.items():
@@ -281,10 +272,8 @@ def time_search(
 
 def multiply(patch_embeds, word_embeds, block=8192):
     """All products of the rows of both, block by block: together they might not fit in memory."""
-    # allocating is slow: one buffer serves all blocks
-    products = patch_embeds.new_empty(len(patch_embeds), block)
     for rows in word_embeds.split(block):
-        torch.mm(patch_embeds, rows.T, out=products[:, : len(rows)])
+        patch_embeds @ rows.T
 
 
 def main(argv=None):

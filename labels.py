@@ -29,7 +29,15 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import UserError, cli, geometry, load_samples, read_image, run_command
+from data import (
+    UserError,
+    cli,
+    control_tokens,
+    geometry,
+    load_samples,
+    read_image,
+    run_command,
+)
 
 # short name -> model/weights of open_clip
 ENCODERS = {
@@ -136,6 +144,24 @@ def read_words(file):
             )
         seen.add(word)
     return words
+
+
+def word_tokens(words, tokenizer):
+    """The LLM's token ids of each word as it stands inside a sentence, with its leading space.
+
+    Encoding " dog" alone would give some SentencePiece tokenizers a second space. "a dog" is
+    encoded instead, and the tokens of "a" are removed from it.
+    """
+    prefix = tokenizer("a", add_special_tokens=False)["input_ids"]
+    rows = tokenizer([f"a {word}" for word in words], add_special_tokens=False)["input_ids"]
+    control = control_tokens(tokenizer).keys()
+    for word, ids in zip(words, rows):
+        if ids[: len(prefix)] != prefix or len(ids) == len(prefix) or control & set(ids):
+            raise UserError(
+                f"the LLM's tokenizer has no text tokens for the word {word!r} alone; remove it "
+                "from the list"
+            )
+    return [ids[len(prefix) :] for ids in rows]
 
 
 # --------------------------------------------------------------------------------------------- CLIP

@@ -36,8 +36,8 @@ from data import (
     image_processor,
     prepare_tokenizer,
     vision_preprocess,
-    word_tokens,
 )
+from labels import word_tokens
 from loss import sea_loss, word_features
 
 # The paper's parts by short name (Tables 1, 2 and 5), and a small LLM of today for a single GPU.
@@ -240,9 +240,8 @@ def new_model(vision, llm, dtype=torch.float32, tau=1.0):
     With torch.device("meta") as the default device it has only shapes; no weights are read.
     """
     parts = {"vision": VISION.get(vision, str(vision)), "llm": LLMS.get(llm, str(llm))}
-    tower = load_vision(parts["vision"], dtype)
+    tower, preprocess = load_vision(parts["vision"], dtype)
     causal_lm, tokenizer = load_llm(parts["llm"], dtype)
-    preprocess = vision_preprocess(parts["vision"])
     llava = assemble(tower, causal_lm, tokenizer, preprocess["size"])
     return SEAModel(llava, tokenizer, preprocess, parts, tau)
 
@@ -309,14 +308,14 @@ def generation_config(llm, tokenizer, suppress_tokens):
 
 
 def load_vision(name, dtype):
-    """A CLIP, SigLIP or DINOv2 vision tower from a hub name or folder."""
+    """A CLIP, SigLIP or DINOv2 vision tower from a hub name or folder, and its preprocess."""
     with loading(name):
         config = AutoConfig.from_pretrained(name)
         config = getattr(config, "vision_config", config)  # of a whole CLIP, text tower and all
         if config.model_type not in TOWERS:
             known = ", ".join(TOWERS)
             raise UserError(f"{name}: a {config.model_type}, not a vision tower of {known}")
-        return load_weights(AutoModel, name, config, dtype)
+        return load_weights(AutoModel, name, config, dtype), vision_preprocess(name)
 
 
 def load_llm(name, dtype):
@@ -381,7 +380,7 @@ def find_model(path):
     path = Path(path)
     if not path.parent.exists():
         return path
-    for folder in (path, path / "model", *newest_checkpoints(path)[:1]):
+    for folder in (path, path / "model", *reversed(checkpoints(path).values())):
         for file in ("adapter.safetensors", "processor_config.json"):  # our run's, any Llava's
             if (folder / file).is_file():
                 return folder
@@ -391,10 +390,11 @@ def find_model(path):
     )
 
 
-def newest_checkpoints(out_dir):
-    """The checkpoints of a run, newest first."""
-    folders = [f for f in Path(out_dir).glob("checkpoints/step_*") if f.name[5:].isdigit()]
-    return sorted(folders, key=lambda folder: -int(folder.name[5:]))
+def checkpoints(out_dir):
+    """{step: folder} of a run's checkpoints, the newest last."""
+    folders = Path(out_dir).glob("checkpoints/step_*")
+    steps = {int(f.name[5:]): f for f in folders if f.name[5:].isdigit()}
+    return dict(sorted(steps.items()))
 
 
 def part_names(folder):
@@ -432,6 +432,7 @@ def load_llava(name, dtype=torch.float32):
         adapter = new_adapter(projector.linear_1.in_features, llava)
         adapter.act = projector.act
         adapter.load_state_dict(projector.state_dict())
+        preprocess = vision_preprocess(name)
     adapter.linear_2.weight.data /= adapter.output_scale  # saved weights include the scale
     adapter.linear_2.bias.data /= adapter.output_scale
     llava.model.multi_modal_projector = adapter
@@ -439,7 +440,7 @@ def load_llava(name, dtype=torch.float32):
     prepare_tokenizer(tokenizer)
     padding_ids = llava.generation_config.suppress_tokens
     llava.generation_config = generation_config(llava, tokenizer, padding_ids)
-    return SEAModel(llava, tokenizer, vision_preprocess(name), {"llava": str(name)})
+    return SEAModel(llava, tokenizer, preprocess, {"llava": str(name)})
 
 
 # ----------------------------------------------------------------------------- saving

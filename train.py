@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -35,11 +36,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -64,10 +65,10 @@ from labels import LabelStore, file_crc, rank, rank_device, wait_for, world_size
 from loss import total_loss
 from model import (
     adapter_state,
+    checkpoints,
     full_state,
     load_model,
     new_model,
-    newest_checkpoints,
     save_adapter,
     save_llava,
 )
@@ -80,14 +81,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and wh
 # ----------------------------------------------------------------------------- config
 
 
-def flag(default, help, stage="", positive=False, most=10**9):
-    """A field of TrainConfig. stage: the only stage that takes it.
-
-    A number must be from 0 to `most`; positive: above 0.
-    """
+def flag(default, help, stage="", least=0, most=10**9):
+    """A field of TrainConfig. stage: the only stage that takes it. A number has a range."""
     only = f"{stage} only: " if stage else ""
     help = f"{only}{help} (default: {default!r})"
-    metadata = {"help": help, "stage": stage, "positive": positive, "most": most}
+    metadata = {"help": help, "stage": stage, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -116,30 +114,30 @@ class TrainConfig:
 
     # SEA
     sea_weight: float = flag(1.0, "λ of Eq. 13; 0: the LLaVA baseline, without labels", "pretrain")
-    window: int = flag(2, "k; one patch of each k x k window is drawn", "pretrain", positive=True)
+    window: int = flag(2, "k; one patch of each k x k window is drawn", "pretrain", least=1)
     tau: float = flag(
-        1.0, "initial temperature of Eq. 11, then learned", "pretrain", positive=True, most=100
+        1.0, "initial temperature of Eq. 11, then learned", "pretrain", least=0.01, most=100
     )
     gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "pretrain")
 
     # optimization; a global batch of 256 is 8 GPUs x 32, as in LLaVA
-    batch_size: int = flag(32, "samples per GPU in one forward pass", positive=True)
-    grad_accum: int = flag(1, "forward passes per step; more of them for fewer GPUs", positive=True)
+    batch_size: int = flag(32, "samples per GPU in one forward pass", least=1)
+    grad_accum: int = flag(1, "forward passes per step; more of them for fewer GPUs", least=1)
     lr: float = flag(
-        1e-3, "peak learning rate; linear warmup, then cosine to 0", positive=True, most=1
+        1e-3, "peak learning rate; linear warmup, then cosine to 0", least=1e-15, most=1
     )
     tune_vision: bool = flag(False, "train the vision tower too (Table 4)", "finetune")
     vision_lr: float = flag(2e-6, "peak learning rate of the vision tower", "finetune", most=1)
     warmup_ratio: float = flag(0.03, "share of the steps with linear warmup", most=1)
     clip_grad: float = flag(0.0, "largest norm of the gradient; 0: no clipping, as LLaVA")
-    epochs: float = flag(1.0, "passes over the data", positive=True)
+    epochs: float = flag(1.0, "passes over the data", least=1e-9)
     max_steps: int = flag(0, "steps instead of epochs; 0: by epochs")
-    max_length: int = flag(2048, "positions per sample, image included", positive=True)
+    max_length: int = flag(2048, "positions per sample, image included", least=1)
     seed: int = flag(0, "of initialisation, order and sampling")
 
     # machine
-    dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "auto", "of frozen weights, autocast and export; auto: bfloat16 on GPUs"
+    dtype: Literal["", "float32", "bfloat16"] = flag(
+        "", "of frozen weights, autocast and export; '': bfloat16 on GPUs, else float32"
     )
     fsdp: bool = flag(False, "shard the model over the ranks (FSDP2) instead of copying it (DDP)")
     grad_checkpoint: bool = flag(True, "recompute activations: less memory, more time, as LLaVA")
@@ -147,8 +145,8 @@ class TrainConfig:
     workers: int = flag(4, "image-decoding processes per rank")
 
     # log
-    log_every: int = flag(1, "steps per line of metrics.jsonl", positive=True)
-    val_every: int = flag(100, "steps between validations; the last step is one", positive=True)
+    log_every: int = flag(1, "steps per line of metrics.jsonl", least=1)
+    val_every: int = flag(100, "steps between validations; the last step is one", least=1)
     val_samples: int = flag(100, "how many samples of val_data to use")
     save_every: int = flag(500, "steps between checkpoints; 0: none")
     keep: int = flag(0, "how many checkpoints stay on disk, the newest; 0: all")
@@ -239,10 +237,10 @@ def parse_config(argv=None):
             raise UserError(f"--{name} belongs to --stage {only}, not to --stage {stage}")
         if isinstance(value, str):
             continue
-        least = "above 0" if field.metadata["positive"] else "at least 0"
+        least = field.metadata["least"]
         most = field.metadata["most"]
-        if not (0 < value <= most or (value == 0 and least == "at least 0")):
-            raise UserError(f"--{name} must be {least} and at most {most}, not {value}")
+        if not least <= value <= most:  # or NaN
+            raise UserError(f"--{name} must be from {least} to {most}, not {value}")
     refuse_contradictions(cfg, given)
     if not cfg.out_dir:
         cfg = dataclasses.replace(cfg, out_dir=default_out_dir(cfg, given))
@@ -265,7 +263,7 @@ def refuse_contradictions(cfg, given):
         ),
         (cfg.init and parts, "--init names a model, whose parts --llm and --vision are not needed"),
         (
-            cfg.init and newest_checkpoints(cfg.init) and not Path(cfg.init, "model").exists(),
+            cfg.init and checkpoints(cfg.init) and not Path(cfg.init, "model").exists(),
             f"--init {cfg.init} has not finished: name one of its checkpoints",
         ),
         (
@@ -329,12 +327,12 @@ def main(argv=None):
     train_set[0]  # fails here, before there is a run, if the images are elsewhere
     steps = cfg.max_steps or math.ceil(cfg.epochs * len(train_set) / cfg.global_batch())
     parallel_model = parallelize(cfg, model, dtype)
-    checkpoint = next(iter(newest_checkpoints(cfg.out_dir)), None) if cfg.resume else None
-    first_step = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+    saved = checkpoints(cfg.out_dir) if cfg.resume else {}
+    first_step = max(saved, default=0)
     optimizer, schedule = build_optimizer(cfg, model, steps, first_step)
     run = Run(cfg, device, dtype, model, parallel_model, optimizer, schedule)
-    if checkpoint:
-        load_checkpoint(run, checkpoint)
+    if saved:
+        load_checkpoint(run, saved[first_step])
 
     if rank() == 0:
         write_config(cfg, settings)
@@ -354,13 +352,11 @@ def main(argv=None):
 def noted_signals():
     """A list of the signals that have come, each of which asks the run to end."""
     received = []
-    handlers = {}
-    for number in STOP_SIGNALS:
-        handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
+    before = [signal.signal(number, lambda *args: received.append(args)) for number in STOP_SIGNALS]
     try:
         yield received
     finally:
-        for number, handler in handlers.items():
+        for number, handler in zip(STOP_SIGNALS, before):
             signal.signal(number, handler)
 
 
@@ -560,8 +556,7 @@ def parallelize(cfg, model, dtype):
 
 def build_model(cfg, device):
     """-> the model, with float32 weights where it is trained, and the dtype of all else."""
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     torch.manual_seed(cfg.seed)
     is_pretrain = cfg.stage == "pretrain"
     if cfg.init:
@@ -574,14 +569,8 @@ def build_model(cfg, device):
     if cfg.image_mode:
         model.preprocess["mode"] = cfg.image_mode
     if cfg.grad_checkpoint:
-        enable = getattr(model.llava, "activation_checkpointing_enable", None)
-        enable = enable or model.llava.gradient_checkpointing_enable  # before transformers 5.23
-        enable({"use_reentrant": False})
-        # transformers checkpoints blocks in training mode. Of a block alone this changes nothing
-        # else: what drops out lies inside, and stays as in validation.
-        vision_blocks, llm_blocks = model.blocks()
-        for block in [*llm_blocks, *(vision_blocks if cfg.tune_vision else ())]:
-            block.training = True
+        for block in itertools.chain(*model.blocks()):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     # FSDP moves each shard by itself.
     return (model if cfg.fsdp else model.to(device)), dtype
 
@@ -644,24 +633,20 @@ def fixed_settings(cfg):
 
 
 def check_out_dir(cfg, settings):
-    """Refuse a folder that holds a run, other settings with --resume, or ranks that differ."""
+    """Refuse a folder that holds a run, other settings with --resume, and ranks that differ."""
+    of_rank_0 = [settings]
+    if dist.is_initialized():
+        dist.broadcast_object_list(of_rank_0)
+    others = {f"on rank 0; this is rank {rank()}": of_rank_0[0]}
     file = Path(cfg.out_dir, "config.json")
     if file.exists():
         if not cfg.resume:
             raise UserError(f"{cfg.out_dir} holds a run: --resume it, or use another --out_dir")
-        saved = read_object(file.read_bytes(), file, keys=["fixed"])
-        refuse_difference(settings, saved["fixed"], f"in {file}")
-    settings = settings | {"torch": torch.__version__, "transformers": transformers.__version__}
-    of_rank_0 = [settings]
-    if dist.is_initialized():
-        dist.broadcast_object_list(of_rank_0)
-    refuse_difference(settings, of_rank_0[0], f"on rank 0; this is rank {rank()}")
-
-
-def refuse_difference(settings, others, where):
-    for name, value in settings.items():
-        if value != others.get(name):
-            raise UserError(f"{name} is {value}, but {others.get(name)} {where}")
+        others[f"in {file}"] = read_object(file.read_bytes(), file, keys=["fixed"])["fixed"]
+    for where, other in others.items():
+        for name, value in settings.items():
+            if value != other.get(name):
+                raise UserError(f"{name} is {value}, but {other.get(name)} {where}")
 
 
 def write_config(cfg, settings):
@@ -706,7 +691,7 @@ def save_checkpoint(run, step):
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         if run.cfg.keep:
-            for old in newest_checkpoints(run.cfg.out_dir)[run.cfg.keep :]:
+            for old in list(checkpoints(run.cfg.out_dir).values())[: -run.cfg.keep]:
                 shutil.rmtree(old)
     barrier()
 

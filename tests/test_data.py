@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import data
+import labels
 from data import (
     IGNORE,
     LlavaDataset,
@@ -159,7 +160,7 @@ def test_stage_1_refuses_what_is_no_caption(tmp_path, turns, message):
 
 def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
     words = ["red", "unheard-of", "wall", "x"]
-    rows = data.word_tokens(words, tokenizer)
+    rows = labels.word_tokens(words, tokenizer)
     assert [tokenizer.decode(ids) for ids in rows] == [f" {word}" for word in words]
 
     class WithoutTheEmptyWord:
@@ -169,10 +170,10 @@ def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
             return {"input_ids": [1] if text == "a" else [[1, 5], [1]]}
 
     with pytest.raises(UserError, match="''"):
-        data.word_tokens(["red", ""], WithoutTheEmptyWord())
+        labels.word_tokens(["red", ""], WithoutTheEmptyWord())
     for word in ("</s>", "red</s>", "<image>"):
         with pytest.raises(UserError, match=f"no text tokens for the word '{word}'"):
-            data.word_tokens(["red", word], tokenizer)
+            labels.word_tokens(["red", word], tokenizer)
 
 
 # batches

@@ -224,8 +224,8 @@ SMALL = dict(
 def test_gemma_scales_inside_its_embedding_and_so_does_the_adapter(world):
     llm = GemmaForCausalLM(GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8))
     tokenizer = AutoTokenizer.from_pretrained(world / "llm")
-    llava = assemble(load_vision(world / "vision", torch.float32), llm, tokenizer, 30)
-    model = SEAModel(llava, tokenizer, data.vision_preprocess(str(world / "vision")), {})
+    tower, preprocess = load_vision(world / "vision", torch.float32)
+    model = SEAModel(assemble(tower, llm, tokenizer, 30), tokenizer, preprocess, {})
     assert model.adapter.output_scale == 4  # √16
     model.set_words(["red"])
     rows = llm.get_input_embeddings().weight[model.word_token_ids[0]]
