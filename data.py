@@ -30,8 +30,11 @@ from transformers import (
     CLIPImageProcessor,
     LlavaImageProcessor,
     SiglipImageProcessor,
+    dynamic_module_utils,
 )
 
+# transformers never runs Python code that comes with a model, and does not ask about it
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 IMAGE_TOKEN = "<image>"
 # Others, such as EPS, are not for files of unknown origin. JPEG includes the MPO of phones.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

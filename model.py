@@ -8,13 +8,14 @@ Generating, tied weights, and the format of a saved folder are transformers' own
 import contextlib
 import copy
 import math
+import re
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -282,7 +283,7 @@ def refuse_llm(llm):
     for name in LOGIT_CHANGES:
         if getattr(llm.config, name, None) not in (None, 1):
             raise UserError(f"{misfit} leaves out {name}, which changes the logits of this LLM")
-    modules = [name for name, _ in llm.named_children()]
+    modules = list(dict(llm.named_children()))
     is_usual = modules == ["model", "lm_head"] and hasattr(llm.model, "embed_tokens")
     if not is_usual or llm.lm_head.bias is not None:
         raise UserError(f"{misfit} takes a decoder with embed_tokens and an LM head without bias")
@@ -313,8 +314,7 @@ def load_vision(name, dtype):
         config = AutoConfig.from_pretrained(name)
         config = getattr(config, "vision_config", config)  # of a whole CLIP, text tower and all
         if config.model_type not in TOWERS:
-            known = ", ".join(TOWERS)
-            raise UserError(f"{name}: a {config.model_type}, not a vision tower of {known}")
+            raise UserError(f"{name}: a {config.model_type}, none of {', '.join(TOWERS)}")
         return load_weights(AutoModel, name, config, dtype), vision_preprocess(name)
 
 
@@ -341,7 +341,9 @@ def loading(name):
     """Turn the errors of a model that cannot be read into a UserError."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # transformers and safetensors have many ways to say it
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(
             f"{name}: cannot be loaded ({reason}); give a folder with all its files, none of them "
@@ -416,15 +418,16 @@ def load_adapter(folder, dtype):
     return model
 
 
-def load_llava(name, dtype=torch.float32):
+def load_llava(name, dtype):
     """The model of a Llava folder or hub name, such as save_llava writes."""
     with loading(name):
         config = AutoConfig.from_pretrained(name)
-        if config.model_type != "llava":
-            raise UserError(f"{name}: a {config.model_type}, neither Llava nor one of our runs")
-        tower = config.vision_config.model_type
-        if tower not in TOWERS or not isinstance(config.vision_feature_layer, int):
-            raise UserError(f"{name}: not a Llava that reads one layer of {' or '.join(TOWERS)}")
+        is_llava = config.model_type == "llava" and config.vision_config.model_type in TOWERS
+        if not is_llava or not isinstance(config.vision_feature_layer, int):
+            raise UserError(
+                f"{name}: a {config.model_type}; neither one of our runs nor a Llava that reads "
+                f"one layer of {' or '.join(TOWERS)}"
+            )
         llava = load_weights(LlavaForConditionalGeneration, name, config, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
 
@@ -447,10 +450,15 @@ def load_llava(name, dtype=torch.float32):
 
 
 def adapter_state(model):
-    """Name -> tensor of the adapter and log_scale; every rank of a sharded model must call it."""
+    """Name -> tensor of the adapter and log_scale, whole and on the CPU.
+
+    Every rank of a sharded model must call it.
+    """
     state = {f"adapter.{name}": p.detach() for name, p in model.adapter.named_parameters()}
     state["log_scale"] = model.log_scale.detach()
-    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in state.items()}
+    for name, w in state.items():
+        state[name] = (w.full_tensor() if isinstance(w, DTensor) else w).cpu()
+    return state
 
 
 def full_state(model):
@@ -461,7 +469,6 @@ def full_state(model):
 
 def save_adapter(folder, state, names):
     """Write folder/adapter.safetensors: adapter_state, and in its header names for part_names."""
-    state = {name: p.cpu().contiguous() for name, p in state.items()}
     save_file(state, Path(folder) / "adapter.safetensors", metadata=names)
 
 
@@ -490,10 +497,14 @@ def save_llava(model, folder, state, dtype):
 def portable_names(model, state):
     """The weights of full_state under the names that vLLM and all transformers since 4.57 read."""
     is_dinov2 = model.vision_tower.config.model_type == "dinov2"
-    renames = {
+    renames = {  # patterns of what a name begins with
         "llava.": "",
         "model.": "",
         "vision_tower.vision_model.": "vision_tower.",  # as transformers before 5.23 names them
+        "(vision_tower.*attention).q_proj": r"\1.attention.query",  # DINOv2's before 5.18
+        "(vision_tower.*attention).k_proj": r"\1.attention.key",
+        "(vision_tower.*attention).v_proj": r"\1.attention.value",
+        "(vision_tower.*attention).o_proj": r"\1.output.dense",
         "vision_tower.": "vision_tower." if is_dinov2 else "vision_tower.vision_model.",
         "language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",
@@ -503,8 +514,7 @@ def portable_names(model, state):
         if "multi_modal_projector.linear_2" in name:
             weight = weight * model.adapter.output_scale
         for old, new in renames.items():  # one after another, each on the last one's result
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
+            name = re.sub(f"^{old}", new, name)
         weights[name] = weight
     del weights["log_scale"]
     if model.llava.config.tie_word_embeddings:

@@ -158,58 +158,32 @@ class TrainConfig:
         return self.batch_size * self.grad_accum * world_size()
 
 
-# What a recipe, then a preset, changes in TrainConfig's defaults. Flags have the last word.
-_FINETUNE = dict(
-    labels="",
-    sea_weight=0.0,
-    image_mode="pad",
-    batch_size=16,
-    lr=2e-5,
-    keep=1,
-)
-_TOY = dict(
-    image_folder="toy/images",
-    batch_size=16,
-    max_steps=180,
-    val_every=30,
-    save_every=60,
-    workers=0,
-    grad_checkpoint=False,
-)
+# The flags that a recipe and then a preset stand for. Those of the command line override them.
+_FINETUNE = "--sea_weight 0 --labels= --image_mode pad --batch_size 16 --lr 2e-5 --keep 1"
+_TOY = """
+    --llm toy/llm --vision toy/vision --image_folder toy/images --batch_size 16 --max_steps 180
+    --val_every 30 --save_every 60 --workers 0 --no-grad_checkpoint
+"""
 SETTINGS = {
-    ("llava15", "pretrain"): {},
-    ("llava15", "finetune"): dict(_FINETUNE, data="data/llava_v1_5_mix665k.json"),
+    ("llava15", "pretrain"): "",
+    ("llava15", "finetune"): f"{_FINETUNE} --data data/llava_v1_5_mix665k.json",
     # PAPER: SEA-PRIME follows LLaVA's hyperparameters. Cambrian-1's 4e-5 at a batch of 512, scaled
     # by √(128/512), is LLaVA's 2e-5 at 128.
-    ("prime", "pretrain"): dict(vision="siglip-384", data="data/alignment_2.5m.jsonl"),
-    ("prime", "finetune"): dict(
-        _FINETUNE,
-        vision="siglip-384",
-        data="data/Cambrian7M_withsystemprompt.jsonl",
-        tune_vision=True,
-    ),
-    ("toy", "pretrain"): dict(
-        _TOY,
-        llm="toy/llm",
-        vision="toy/vision",
-        data="toy/train.json",
-        labels="toy/labels",
-        val_data="toy/val.json",
-    ),
-    ("toy", "finetune"): dict(
-        _TOY,
-        llm="toy/llm",
-        vision="toy/vision",
-        data="toy/train_qa.json",
-        val_data="toy/val_qa.json",
-        lr=3e-4,
-        image_mode="",
-    ),
+    ("prime", "pretrain"): "--vision siglip-384 --data data/alignment_2.5m.jsonl",
+    ("prime", "finetune"): f"""
+        {_FINETUNE} --vision siglip-384 --data data/Cambrian7M_withsystemprompt.jsonl --tune_vision
+    """,
+    ("toy", "pretrain"): f"""
+        {_TOY} --data toy/train.json --val_data toy/val.json --labels toy/labels
+    """,
+    ("toy", "finetune"): f"""
+        {_TOY} --data toy/train_qa.json --val_data toy/val_qa.json --lr 3e-4 --image_mode=
+    """,
 }
-MAY_CHANGE_ON_RESUME = {
-    *("resume", "out_dir", "fsdp", "compile", "grad_checkpoint", "workers", "grad_accum"),
-    *("log_every", "val_every", "val_samples", "save_every", "keep", "export"),
-}
+MAY_CHANGE_ON_RESUME = """
+    resume out_dir image_folder val_data val_every val_samples log_every save_every keep export
+    fsdp compile grad_checkpoint workers grad_accum
+""".split()
 
 
 def parse_config(argv=None):
@@ -225,9 +199,11 @@ def parse_config(argv=None):
     add_flags(parser, inspect.signature(TrainConfig), help)
     given = vars(parser.parse_args(argv))  # the flags of this command line, without defaults
     stage = given.get("stage", "pretrain")
-    recipe = SETTINGS[given.get("recipe", "llava15"), stage]
-    preset = SETTINGS.get((given.get("preset"), stage), {})
-    cfg = TrainConfig(**recipe | preset | given)
+    cfg = TrainConfig()
+    for name in (given.get("recipe", "llava15"), given.get("preset")):
+        flags = SETTINGS.get((name, stage), "").split()
+        cfg = dataclasses.replace(cfg, **vars(parser.parse_args(flags)))
+    cfg = dataclasses.replace(cfg, **given)
 
     for field in fields:
         name = field.name
@@ -336,7 +312,6 @@ def main(argv=None):
 
     if rank() == 0:
         write_config(cfg, settings)
-        print(cfg)
         print(f"{model.parts}: {len(train_set):,} samples, {steps:,} steps of {cfg.global_batch()}")
     barrier()
     wait_for(Path(cfg.out_dir, "config.json"), hours=0.05)

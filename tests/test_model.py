@@ -182,10 +182,10 @@ def test_adapter_file_round_trip_and_refusals(model, tmp_path, world):
         new_model(world / "vision", world / "nothing-here")
     (tmp_path / "llm").symlink_to(world / "llm")
     (tmp_path / "llm/processor_config.json").touch()
-    with pytest.raises(UserError, match="a llama, neither Llava nor"):
+    with pytest.raises(UserError, match="a llama; neither one of our runs nor a Llava"):
         load_model(tmp_path / "llm")
     (world / "llm/processor_config.json").unlink()
-    with pytest.raises(UserError, match="not a vision tower"):
+    with pytest.raises(UserError, match="a llama, none of clip_vision_model, "):
         new_model(world / "llm", world / "llm")
 
 
