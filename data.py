@@ -127,7 +127,7 @@ def _parse(text, file, line=None):
     except (ValueError, RecursionError) as e:  # of JSON or of UTF-8; too deep
         line = line or getattr(e, "lineno", "?")
         reason = getattr(e, "msg", e)
-        raise UserError(f"{file}, line {line}: not valid JSON ({reason}); mend or remove it") from e
+        raise UserError(f"{file}, line {line}: not valid JSON ({reason}); mend or remove it")
 
 
 def image_of(sample):
@@ -199,7 +199,7 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
     """
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if chat:
-        ids, is_trained = _encode_chat(sample, tokenizer, image_tokens)
+        ids, is_trained = encode_chat(sample, tokenizer, image_tokens)
     else:
         caption = as_text(sample["conversations"][1]["value"], tokenizer)
         ids = tokenizer(IMAGE_TOKEN * image_tokens + caption + "\n")["input_ids"]
@@ -222,17 +222,12 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
     return ids, ids.masked_fill(is_trained == 0, IGNORE)
 
 
-def encode_prompt(sample, tokenizer, image_tokens):
-    """A chat whose last turn is the human's -> ids [L] for the model to continue with its answer.
+def encode_chat(sample, tokenizer, image_tokens, add_generation_prompt=False):
+    """-> ids and is_trained, lists of equal length.
 
-    They are the ids that stand before this answer in training.
+    add_generation_prompt: after a chat whose last turn is the human's, the ids that stand before
+    its answer in training, for the model to continue.
     """
-    ids, _ = _encode_chat(sample, tokenizer, image_tokens, add_generation_prompt=True)
-    return torch.tensor(ids)
-
-
-def _encode_chat(sample, tokenizer, image_tokens, add_generation_prompt=False):
-    """-> ids and is_trained, lists of equal length."""
     messages = chat_messages(sample, image_tokens)
     for message in messages:
         message["content"] = as_text(message["content"], tokenizer)
@@ -487,7 +482,7 @@ def read_image(file):
     except Exception as e:  # decoders raise nearly everything
         raise UserError(
             f"{file}: not a readable image ({e}); replace the file or remove its sample"
-        ) from e
+        )
 
 
 # ----------------------------------------------------------------------------- batches
@@ -518,12 +513,12 @@ class LlavaDataset(Dataset):
     def __getitem__(self, i):
         sample = self.samples[i]
         if self.text == "prompt":
-            ids = encode_prompt(sample, self.tokenizer, self.image_tokens)
+            ids, _ = encode_chat(sample, self.tokenizer, self.image_tokens, True)
+            ids = torch.tensor(ids)
             targets = torch.full_like(ids, IGNORE)
         else:
-            is_chat = self.text == "chat"
             ids, targets = encode_conversation(
-                sample, self.tokenizer, self.image_tokens, self.max_length, is_chat
+                sample, self.tokenizer, self.image_tokens, self.max_length, self.text == "chat"
             )
         item = {"index": i, "input_ids": ids, "targets": targets}
         if self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in ids:
@@ -636,6 +631,9 @@ def cli(main):
         )
 
 
+MAY_BE_0 = "workers seed sign min_score".split()  # or be below
+
+
 def run_command(doc, functions, argv=None):
     """Call functions[subcommand] as argv says. The flags are the parameters of that function."""
     options = dict(
@@ -650,7 +648,11 @@ def run_command(doc, functions, argv=None):
         )
         add_flags(command, inspect.signature(function), {})
     args = vars(parser.parse_args(argv))
-    return functions[args.pop("command")](**args)
+    function = functions[args.pop("command")]
+    for name, value in args.items():
+        if type(value) in (int, float) and name not in MAY_BE_0 and not value > 0:
+            raise UserError(f"--{name} must be above 0, not {value}")
+    return function(**args)
 
 
 def add_flags(parser, signature, help):

@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -47,7 +46,7 @@ from data import (
     run_command,
 )
 from figures import draw_curves, draw_radar, draw_tsne, draw_words, history, step_in
-from labels import rank, read_words, true_share, world_size
+from labels import all_sum, rank, read_words, true_share, world_size
 from model import find_model, load_model
 
 # --------------------------------------------------------------------------------------- measures
@@ -100,14 +99,6 @@ def alignment_sums(model, dataset, device):
         if own == i:
             sums += torch.tensor([score, len(x_v) > 0, out["loss_g"], is_trained.sum()])
     return all_sum(sums, device)
-
-
-def all_sum(values, device):
-    """Sum numbers over the ranks -> list of floats."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
 
 
 def to_device(batch, device):
@@ -283,6 +274,13 @@ def eval_words(
 
 # What LLaVA-1.5 appends to a question, and to one with lettered choices
 SHORT = "Answer the question using a single word or phrase."
+# As VQA's evaluation reads them
+NUMBERS = dict(
+    zip(
+        "none zero one two three four five six seven eight nine ten".split(),
+        "0 0 1 2 3 4 5 6 7 8 9 10".split(),
+    )
+)
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
@@ -332,13 +330,15 @@ def pope_metrics(answers, truths):
 
 
 def normalize(text):
-    """An answer without what does not count: upper case, punctuation, articles, extra spaces.
+    """An answer without what does not count, as in VQA's own evaluation: upper case, punctuation,
+    articles, spaces, and whether a number is a word. But signs of numbers count.
 
     What would be empty then, such as "A" or "+", stays as it is.
     """
     text = text.lower().strip()
-    words = re.sub(r"[^\w\s]", " ", text).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the")) or text
+    joined = re.sub(r"'|(?<=\d),(?=\d)", "", text)  # don't, 1,000
+    words = re.sub(r"[^\w\s.+-]|[.+-](?!\d)", " ", joined).split()
+    return " ".join(NUMBERS.get(w, w) for w in words if w not in ("a", "an", "the")) or text
 
 
 def chosen(text, choices):
@@ -453,10 +453,13 @@ def vqa_question(sample, prompt):
     question = turns[first]["value"].replace(IMAGE_TOKEN, "").strip()
     true = turns[first + 1]["value"]
     if choices := sample.get("choices"):
+        where = f"--data, sample {sample.get('id')}"
+        letters = string.ascii_uppercase[: len(choices)]
+        if [chosen(letter, choices) for letter in letters] != list(range(len(choices))):
+            raise UserError(f"{where}: a letter must not be the text of another choice: {choices}")
         if chosen(true, choices) is None:
-            where = f"--data, sample {sample.get('id')}"
             raise UserError(f"{where}: the answer {true!r} is none of its choices {choices}")
-        for letter, choice in zip(string.ascii_uppercase, choices):
+        for letter, choice in zip(letters, choices):
             question += f"\n{letter}. {choice}"
         prompt = LETTER if prompt == SHORT else prompt
     question = f"{question}\n{prompt}".strip()

@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.data import DataLoader
@@ -582,6 +583,14 @@ def rank_device():
     """The GPU of this process, or the CPU."""
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(gpu if torch.cuda.is_available() else "cpu")
+
+
+def all_sum(values, device):
+    """Sum numbers over the ranks -> list of floats."""
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
 
 
 def wait_for(file, hours):

@@ -60,8 +60,8 @@ from data import (
     read_object,
     sample_lengths,
 )
-from eval import alignment_sums, all_sum
-from labels import LabelStore, file_crc, rank, rank_device, wait_for, world_size
+from eval import alignment_sums
+from labels import LabelStore, all_sum, file_crc, rank, rank_device, wait_for, world_size
 from loss import total_loss
 from model import (
     adapter_state,
@@ -336,9 +336,9 @@ def noted_signals():
 
 
 def ignore_signals(worker):
-    """In a process that loads data: the signals are for the process that trains."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """In a process that loads data: Ctrl-C and a scheduler's notice are for the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def train(run, train_set, val_set, first_step, steps, signals):

@@ -56,6 +56,10 @@ dist.barrier()
 run("resumed", "finetune", "--fsdp", "--resume")
 
 rank = dist.get_rank()
+try:
+    train.check_out_dir(train.parse_config(["--out_dir", str(out / "new")]), {"data": rank})
+except train.UserError as e:
+    (out / f"differs_{rank}").write_text(str(e))
 for case, (tokens, ids, scores, table, log_scale, counts) in ragged_inputs().items():
     rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     x, s = tokens[rows].clone().requires_grad_(), log_scale.clone().requires_grad_()

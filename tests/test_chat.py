@@ -18,8 +18,8 @@ from data import (
     IGNORE,
     UserError,
     chat_messages,
+    encode_chat,
     encode_conversation,
-    encode_prompt,
     image_processor,
     load_samples,
     prepare_tokenizer,
@@ -398,4 +398,5 @@ def test_a_prompt_is_what_stands_before_the_trained_answer(tokenizers, name, ima
     second = next(b for a, b in zip(trained, trained[1:]) if b > a + 1)
     for turns, start in ((2, trained[0]), (4, second)):
         asked = sample | {"conversations": sample["conversations"][:turns]}
-        assert encode_prompt(asked, tokenizers[name], 4).tolist() == ids[:start].tolist()
+        prompt, _ = encode_chat(asked, tokenizers[name], 4, add_generation_prompt=True)
+        assert prompt == ids[:start].tolist()

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 
 import numpy as np
@@ -68,6 +69,29 @@ def test_a_missing_file(tmp_path):
         load_samples(tmp_path / "none.json")
 
 
+def test_blank_lines_of_a_jsonl_are_no_samples(tmp_path):
+    lines = [json.dumps(sample(value)) for value in ("one", "two", "three")]
+    (tmp_path / "a.jsonl").write_text("\n" + "\n\n".join(lines) + "\n \n\n")
+    found = load_samples(tmp_path / "a.jsonl")
+    assert [s["conversations"][1]["value"] for s in found] == ["one", "two", "three"]
+    assert data.sample_lengths(found).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (json.dumps([sample("a\0b")]), "sample 1: a NUL or half a UTF-16 pair"),
+        (json.dumps([sample("a \ud800 b")]), "sample 1: a NUL or half a UTF-16 pair"),
+        (json.dumps([sample(), sample(image="a\0.png")]), "sample 2: a NUL or half"),
+        ("[" * 100_000, "line .*: not valid JSON"),
+    ],
+)
+def test_texts_that_no_tokenizer_or_file_system_takes_are_refused(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_samples(tmp_path / "a.json")
+
+
 # images
 
 
@@ -111,6 +135,28 @@ def test_an_unreadable_image_is_named(tmp_path):
     for name in ("text.jpg", "cut.png", "missing.png"):
         with pytest.raises(UserError, match=name):
             data.read_image(tmp_path / name)
+
+
+def test_only_listed_formats_of_8_bits_and_usual_shape_are_read(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "postscript.jpg", "EPS")  # Ghostscript would run it
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "16_bits.png")
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tiff")
+    Image.new("RGB", (1, 101)).save(tmp_path / "narrow.png")  # an edge of 336 would take 30 MB
+    os.mkfifo(tmp_path / "pipe.png")  # whose reader waits
+    (tmp_path / "folder.png").mkdir()
+    for name in ("postscript.jpg", "16_bits.png", "float.tiff", "narrow.png", "folder.png"):
+        with pytest.raises(UserError, match=name):
+            data.read_image(tmp_path / name)
+    with pytest.raises(UserError, match="pipe.png: cannot read the image .no such file"):
+        data.read_image(tmp_path / "pipe.png")
+
+
+def test_images_are_turned_upright_as_their_exif_says(tmp_path):
+    image = Image.new("RGB", (8, 4), "red")
+    exif = image.getexif()
+    exif[0x0112] = 6  # a camera held upright
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert data.read_image(tmp_path / "a.jpg")[0].size == (4, 8)
 
 
 # text

@@ -149,6 +149,12 @@ def test_bfloat16_follows_fp32(two_ranks, name, other):
     assert a == pytest.approx(b, rel=0.03) and a[0] != b[0]
 
 
+def test_a_rank_with_other_settings_is_refused(two_ranks):
+    assert not (two_ranks / "differs_0").exists()
+    message = (two_ranks / "differs_1").read_text()
+    assert message == "data is 1, but 0 on rank 0; this is rank 1"
+
+
 def test_a_micro_batch_without_images_stands_beside_one_with(finetune_flags):
     cfg = train.parse_config([*finetune_flags, "--grad_accum", "2"])
     model, dtype = train.build_model(cfg, torch.device("cpu"))

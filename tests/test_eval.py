@@ -11,7 +11,16 @@ from PIL import Image
 import eval as evaluation
 import train
 from data import LlavaDataset, UserError, geometry
-from eval import chosen, modality_gap, nearest_word, normalize, pope_metrics, says_yes, tacs
+from eval import (
+    chosen,
+    modality_gap,
+    nearest_word,
+    normalize,
+    pope_metrics,
+    says_yes,
+    tacs,
+    vqa_question,
+)
 from model import load_model
 
 
@@ -281,10 +290,17 @@ def test_pope_metrics_by_hand():
         ("a  red, door", "red door"),
         ("Theatre", "theatre"),
         ("An apple!", "apple"),
-        ("two-tone", "two tone"),
+        ("two-tone", "2 tone"),
         ("A", "a"),  # not nothing
         ("The", "the"),
         ("+", "+"),
+        ("Don't", "dont"),
+        ("1,000 dogs", "1000 dogs"),
+        ("Two.", "2"),
+        ("none", "0"),
+        ("3.5", "3.5"),
+        ("-1", "-1"),
+        ("1", "1"),
         ("", ""),
     ],
 )
@@ -319,7 +335,23 @@ def test_the_choice_that_an_answer_names(text, index):
 
 
 def test_numbers_can_be_choices():
-    assert chosen("7.", [3, 7]) == 1
+    assert chosen("7.", [3, 7]) == 1 and chosen("-1", [1, -1]) == 1
+
+
+@pytest.mark.parametrize("choices", [["B", "A"], ["dog", "a"], ["x"] * 27])
+def test_choices_that_their_letters_cannot_tell_apart_are_refused(choices):
+    sample = {"id": 1, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt"}]}
+    sample["conversations"][1]["value"] = str(choices[0])
+    with pytest.raises(UserError, match="sample 1: a letter must not be the text of another"):
+        vqa_question(sample | {"choices": choices}, "")
+    assert vqa_question(sample | {"choices": ["A", "B", choices[0]]}, "")["question"]
+
+
+@pytest.mark.parametrize("flag", ["--samples 0", "--samples -3", "--batch_size 0"])
+def test_numbers_of_commands_are_above_0(flag):
+    command = "pope --data x --image_folder y" if "batch" in flag else "tacs"
+    with pytest.raises(UserError, match="must be above 0, not"):
+        evaluation.main(f"{command} --model z {flag}".split())
 
 
 @pytest.fixture(scope="module")

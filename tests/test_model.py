@@ -1,5 +1,8 @@
 """model.py against every row by hand, transformers' own classes and step-by-step decoding."""
 
+import json
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,6 +190,22 @@ def test_adapter_file_round_trip_and_refusals(model, tmp_path, world):
     (world / "llm/processor_config.json").unlink()
     with pytest.raises(UserError, match="a llama, none of clip_vision_model, "):
         new_model(world / "llm", world / "llm")
+
+
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(tmp_path, world, monkeypatch):
+    shutil.copytree(world / "llm", tmp_path / "llm")
+    config = json.loads((tmp_path / "llm/config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "llm/config.json").write_text(json.dumps(config))
+    (tmp_path / "llm/own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+
+    def ask(question=""):
+        raise AssertionError("asked: " + question)
+
+    monkeypatch.setattr("builtins.input", ask)
+    with pytest.raises(UserError, match="cannot be loaded .*trust_remote_code"):
+        new_model(world / "vision", tmp_path / "llm")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["siglip", "dinov2"])

@@ -1,5 +1,9 @@
 import json
 import math
+import multiprocessing
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +103,50 @@ def test_gradient_checkpointing_changes_nothing(flags, tmp_path):
         train.main([*flags, "--out_dir", str(tmp_path / name), *extra])
     for name, w in weights(tmp_path / "plain").items():
         assert torch.allclose(w, weights(tmp_path / "checkpointed")[name], atol=1e-6), name
+
+
+def test_recomputed_blocks_drop_nothing_out(flags, tmp_path, world):
+    """An LLM with dropout, which is frozen and trained as it answers: without."""
+    shutil.copytree(world / "llm", tmp_path / "llm")
+    config = json.loads((world / "llm/config.json").read_text())
+    (tmp_path / "llm/config.json").write_text(json.dumps(config | {"attention_dropout": 0.9}))
+    for name, llm in (("none", world / "llm"), ("dropout", tmp_path / "llm")):
+        own = f"--out_dir {tmp_path}/{name} --llm {llm} --max_steps 1 --workers 0"
+        train.main([*flags, *own.split()])
+    assert metrics(tmp_path / "none") == metrics(tmp_path / "dropout")
+
+
+@pytest.mark.parametrize("flag, times", [("--grad_checkpoint", 2), ("--no-grad_checkpoint", 1)])
+def test_blocks_are_recomputed(flags, flag, times):
+    cfg = train.parse_config([*flags, flag])
+    model, _ = train.build_model(cfg, torch.device("cpu"))
+    calls = []
+    _, llm_blocks = model.blocks()
+    for block in llm_blocks:
+        block.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    ids = torch.full((1, 30), model.image_token_id)
+    ids[:, model.image_tokens :] = 5
+    targets = ids.masked_fill(ids != 5, -100)
+    model(ids, torch.ones_like(ids), targets, torch.rand(1, 3, 30, 30))["loss_g"].backward()
+    assert len(calls) == times * len(llm_blocks)
+
+
+def test_the_image_mode_of_stage_1_is_kept(flags, tmp_path, world):
+    own = f"--out_dir {tmp_path}/one --sea_weight 0 --image_mode pad --max_steps 1".split()
+    train.main([*flags, *own])
+    cfg = train.parse_config(["--stage", "finetune", "--init", f"{tmp_path}/one", "--image_mode="])
+    model, _ = train.build_model(cfg, torch.device("cpu"))
+    assert model.preprocess["mode"] == "pad"
+
+
+def test_stage_2_without_a_stage_1(finetune_flags, flags, tmp_path):
+    """The blue line of Figure 3a: a new adapter, and an LLM as it came."""
+    rest = finetune_flags[4:]  # without --stage and --init
+    given = dict(zip(flags[::2], flags[1::2]))
+    parts = ["--llm", given["--llm"], "--vision", given["--vision"]]
+    own = ["--stage", "finetune", *parts, "--out_dir", str(tmp_path), "--max_steps", "2"]
+    train.main([*rest, *own])
+    assert (tmp_path / "model/processor_config.json").exists()
 
 
 def test_bfloat16_keeps_fp32_masters_and_follows_fp32(flags, tmp_path):
@@ -277,6 +325,67 @@ def test_a_broken_validation_image_loses_no_step(flags, tmp_path, world):
     with pytest.raises(UserError, match="none.png: cannot read the image"):
         train.main([*flags, *own])
     assert (tmp_path / "run/checkpoints/step_3").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_a_checkpoint_and_ends_the_run(flags, tmp_path, monkeypatch, number):
+    """The run goes on as if undisturbed. But for SIGTERM, which ends them, the processes that load
+    data may get the signal too, as from a terminal."""
+    flags = [*flags, "--save_every", "0", "--workers", "1"]
+    train.main([*flags, "--out_dir", str(tmp_path / "whole")])
+    step = train.train_step
+    handlers = [signal.getsignal(n) for n in train.STOP_SIGNALS]
+
+    def signalled(run, batches, n):
+        if n == 3:
+            loaders = multiprocessing.active_children() if number != signal.SIGTERM else []
+            for process in [*loaders, multiprocessing.current_process()]:
+                os.kill(process.pid, number)
+        return step(run, batches, n)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    own = [*flags, "--out_dir", str(tmp_path / "run"), "--resume"]
+    with pytest.raises(UserError, match="a signal ended the run; step 3 is saved"):
+        train.main(own)
+    assert [signal.getsignal(n) for n in train.STOP_SIGNALS] == handlers
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(own)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_files_may_move_but_must_be_the_same(flags, tmp_path, world, labels):
+    given = dict(zip(flags[::2], flags[1::2]))
+    shutil.copy(given["--data"], tmp_path / "data.json")
+    shutil.copytree(given["--labels"], tmp_path / "labels")
+    run = [*flags, "--out_dir", str(tmp_path / "run"), "--save_every", "2", "--resume"]
+    moved = ["--data", f"{tmp_path}/data.json", "--labels", f"{tmp_path}/labels"]
+    train.main(run)
+    train.main([*run, *moved])
+    text = (tmp_path / "data.json").read_text()
+    (tmp_path / "data.json").write_text(text.replace("door", "wall"))
+    with pytest.raises(UserError, match="^data is .*, but .* in .*config.json"):
+        train.main([*run, *moved])
+    (tmp_path / "data.json").write_text(text)
+    meta = (tmp_path / "labels/meta.json").read_text()
+    (tmp_path / "labels/meta.json").write_text(meta.replace('"n": ', '"n": 1'))
+    with pytest.raises(UserError, match="^labels is .*, but .* in .*config.json"):
+        train.main([*run, *moved])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"lr": 1}', "\udcff"])
+def test_a_damaged_config_is_named(flags, tmp_path, content):
+    out = ["--out_dir", str(tmp_path)]
+    train.main([*flags, *out])
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="config.json, line .*: not "):
+        train.main([*flags, *out, "--resume"])
+
+
+def test_checkpoints_hold_no_pickles_and_are_for_all_to_read(finetune_flags, tmp_path):
+    train.main([*finetune_flags, "--out_dir", str(tmp_path), "--save_every", "3"])
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {f.suffix for f in files} == {".json", ".jsonl", ".jinja", ".safetensors"}
+    assert all(file.stat().st_mode & 0o777 == 0o644 for file in files)
 
 
 def test_resuming_where_nothing_was_saved_starts_the_run(flags, tmp_path):
