@@ -337,8 +337,8 @@ def noted_signals():
 
 def ignore_signals(worker):
     """In a process that loads data: Ctrl-C and a scheduler's notice are for the one that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def train(run, train_set, val_set, first_step, steps, signals):
