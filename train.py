@@ -8,9 +8,9 @@
     python train.py --stage finetune --fsdp --dry_run 8               its cost on 8 GPUs
 
 Every flag is a field of TrainConfig. A run leaves in --out_dir: config.json, metrics.jsonl (a line
-per logged step; the last one counts if --resume has repeated a step), checkpoints/step_N/ (all that
---resume needs, and the model) and at the end model/. The model is the adapter in stage 1, a Hugging
-Face Llava folder in stage 2 or with --export.
+for each step and each validation; the last one counts if --resume has repeated a step),
+checkpoints/step_N/ (all that --resume needs, and the model) and at the end model/. The model is the
+adapter in stage 1, a Hugging Face Llava folder in stage 2 or with --export.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -255,11 +255,10 @@ def default_out_dir(cfg, given):
     """A name below out/ that tells the run from others, such as out/pretrain_gemma-2b_baseline."""
     if cfg.init:
         return f"out/{Path(cfg.init).name}_finetune"
-    is_pretrain = cfg.stage == "pretrain"
-    name = cfg.preset or ("pretrain" if cfg.recipe == "llava15" else cfg.recipe)
+    name = cfg.preset or (cfg.stage if cfg.recipe == "llava15" else cfg.recipe)
     parts = [Path(given[part]).name for part in ("llm", "vision") if part in given]
     if cfg.sea_weight == 0:
-        parts.append("baseline" if is_pretrain else "finetune_only")
+        parts.append("baseline")
     return "out/" + "_".join([name, *parts])
 
 
@@ -273,10 +272,10 @@ class Run:
     cfg: TrainConfig
     device: torch.device
     dtype: torch.dtype  # of frozen weights and of compute
-    model: Any  # the SEAModel
-    parallel_model: Any  # the same model as DDP or FSDP makes it, whose forward is called
-    optimizer: Any
-    schedule: Any
+    model: object  # the SEAModel
+    parallel_model: object  # the same model as DDP or FSDP makes it, whose forward is called
+    optimizer: object
+    schedule: object
 
     def autocast(self):
         """FSDP casts by itself; with autocast too, recomputation would use another dtype."""
@@ -320,7 +319,6 @@ def main(argv=None):
     save_model(run, Path(cfg.out_dir, "model"))
     if rank() == 0:
         print(f"wrote {cfg.out_dir}/model")
-    barrier()
 
 
 @contextlib.contextmanager
@@ -342,36 +340,46 @@ def ignore_signals(worker):
 
 
 def train(run, train_set, val_set, first_step, steps, signals):
-    """The loop: a step, a checkpoint and a validation where they are due, a line of the log.
+    """The loop: steps, and where they are due a line of the log, a checkpoint and a validation.
 
     signals: a list; when it is no longer empty on any rank, the run saves a checkpoint and ends.
     """
     cfg = run.cfg
     loader = iter(micro_batch_loader(train_set, run, first_step, steps))
-    with tqdm(total=steps, initial=first_step, disable=rank() > 0, desc="train") as bar:
-        for step in range(first_step + 1, steps + 1):
-            start = time.perf_counter()
-            batches = [next(loader) for _ in range(cfg.grad_accum)]
-            metrics = train_step(run, batches, step)
-            seconds = time.perf_counter() - start
-            metrics["samples_per_s"] = cfg.global_batch() / seconds
-            metrics["positions_per_s"] = metrics.pop("positions") / seconds
-            [is_interrupted] = all_sum([len(signals)], run.device)
-            if is_interrupted or (cfg.save_every and step % cfg.save_every == 0):
-                save_checkpoint(run, step)  # whatever validation meets
-            is_last = step == steps
-            if val_set and (step % cfg.val_every == 0 or is_last):
-                metrics.update(validate(run, val_set))
-            if rank() == 0:
-                shown = ("loss_g", "loss_a", "val_loss", "val_tacs")
-                bar.update()
-                bar.set_postfix({k: f"{metrics[k]:.3f}" for k in shown if k in metrics})
-                if step % cfg.log_every == 0 or is_last or "val_loss" in metrics:
-                    append_json_line(Path(cfg.out_dir, "metrics.jsonl"), metrics)
-            if is_interrupted:
-                raise UserError(
-                    f"a signal ended the run; step {step} is saved: go on with --resume"
-                )
+    bar = tqdm(total=steps, initial=first_step, disable=rank() > 0, desc="train")
+    shown = {}
+
+    def log(metrics):
+        if rank() == 0:
+            append_json_line(Path(cfg.out_dir, "metrics.jsonl"), metrics)
+            for name in ("loss_g", "loss_a", "val_loss", "val_tacs"):
+                if name in metrics:
+                    shown[name] = f"{metrics[name]:.3f}"
+            bar.set_postfix(shown)
+
+    for done in range(first_step, steps + 1):
+        # A resumed run begins with it where it is due: the kill may have come before its line.
+        if val_set and done and (done % cfg.val_every == 0 or done == steps):
+            log({"step": done} | validate(run, val_set))
+        if done == steps:
+            break
+
+        step = done + 1
+        start = time.perf_counter()
+        batches = [next(loader) for _ in range(cfg.grad_accum)]
+        metrics = train_step(run, batches, step)
+        seconds = time.perf_counter() - start
+        metrics["samples_per_s"] = cfg.global_batch() / seconds
+        metrics["positions_per_s"] = metrics.pop("positions") / seconds
+        bar.update()
+        if step % cfg.log_every == 0 or step == steps:
+            log(metrics)
+        [is_interrupted] = all_sum([len(signals)], run.device)
+        if is_interrupted or (cfg.save_every and step % cfg.save_every == 0):
+            save_checkpoint(run, step)
+        if is_interrupted:
+            raise UserError(f"a signal ended the run; step {step} is saved: go on with --resume")
+    bar.close()
 
 
 def train_step(run, batches, step):
@@ -490,13 +498,11 @@ def setup_distributed():
     if rank() != 0:
         disable_progress_bar()  # of transformers, one for each file that it loads
     device = rank_device()
-    gpu = None
     if device.type == "cuda":
-        gpu = device
-        torch.cuda.set_device(gpu)
+        torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         an_hour = datetime.timedelta(hours=1)  # rank 0 may take long to write the model
-        dist.init_process_group(timeout=an_hour, device_id=gpu)
+        dist.init_process_group(timeout=an_hour)
     return device
 
 
@@ -682,7 +688,7 @@ def load_checkpoint(run, folder):
 
 
 def weight_crcs(folder):
-    return {str(file.relative_to(folder)): file_crc(file) for file in folder.rglob("*.safetensors")}
+    return {file.name: file_crc(file) for file in folder.rglob("*.safetensors")}
 
 
 def save_model(run, folder):

@@ -1,3 +1,4 @@
+import collections
 import json
 import math
 import multiprocessing
@@ -20,9 +21,11 @@ TIMING = {"positions_per_s", "samples_per_s"}
 
 
 def metrics(out):
-    """The last line of each step: a resumed run logs the steps after its checkpoint again."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = {line["step"]: line for line in lines}
+    """All values of each step. A resumed run logs the steps after its checkpoint again."""
+    steps = collections.defaultdict(dict)
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        steps[values["step"]] |= values
     return [{k: v for k, v in line.items() if k not in TIMING} for line in steps.values()]
 
 
@@ -522,7 +525,7 @@ def test_a_command_line_error_is_one_line(flags, tmp_path):
             ["--stage", "finetune", "--init", "out/pretrain_baseline/"],
             "out/pretrain_baseline_finetune",
         ),
-        (["--stage", "finetune", "--llm", "gemma-2b"], "out/pretrain_gemma-2b_finetune_only"),
+        (["--stage", "finetune", "--llm", "gemma-2b"], "out/finetune_gemma-2b_baseline"),
         (["--out_dir", "mine"], "mine"),
     ],
 )
