@@ -16,7 +16,7 @@ import sys
 import typing
 import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,10 +105,10 @@ def append_json_line(file, content):
         f.write(json.dumps(content) + "\n")
 
 
-def read_json_lines(file):
+def read_json_lines(file, keys=()):
     """The objects of a small file that holds one on each line, such as metrics.jsonl."""
     lines = enumerate(Path(file).read_bytes().splitlines(), 1)
-    return [read_object(line, file, number) for number, line in lines if line.strip()]
+    return [read_object(line, file, number, keys) for number, line in lines if line.strip()]
 
 
 def read_object(text, file, line=None, keys=()):
@@ -165,17 +165,17 @@ def check_sample(sample, captions, where):
             raise UserError(f"{where}: an answer is empty; nothing could be trained; remove it")
         if IMAGE_TOKEN in turn["value"].replace(IMAGE_TOKEN, ""):
             raise UserError(f"{where}: without {IMAGE_TOKEN}, another {IMAGE_TOKEN} remains")
-        if re.search("[\0\ud800-\udfff]", f"{turn['value']}{image}"):
+        if re.search("[\0\ud800-\udfff]", f"{turn['from']}{turn['value']}{image}"):
             raise UserError(f"{where}: a NUL or half a UTF-16 pair stands in a text or in the path")
     is_path = isinstance(image, str) and image[0] != "/" and ".." not in image.split("/")
     if not is_path and (captions or image is not None):
         raise UserError(f'{where}: needs "image", one path below --image_folder, not {image!r}')
 
-    speakers = " ".join(turn["from"] for turn in turns)
-    pattern = "human gpt" if captions else "(system )?(gpt )?human gpt( human gpt)*( human)?"
-    if not re.fullmatch(pattern, speakers):
+    speakers = "\0".join(turn["from"] for turn in turns)  # NUL is in none of them
+    chat = "(system\0)?(gpt\0)?human\0gpt(\0human\0gpt)*(\0human)?"
+    if not re.fullmatch("human\0gpt" if captions else chat, speakers):
         raise UserError(
-            f"{where}: the turns are from {speakers!r}; they must be a caption's (human gpt) in "
+            f"{where}: the turns are from {speakers.split(chr(0))}; they must be a caption's (human gpt) in "
             "stage 1, and alternate between human and gpt, after a system turn if any, in stage 2"
         )
     with_image = [turn["from"] for turn in turns if IMAGE_TOKEN in turn["value"]]
@@ -505,7 +505,7 @@ class LlavaDataset(Dataset):
     image_tokens: int
     max_length: int = 2048
     label_store: Any = None
-    text: Literal["caption", "chat", "prompt"] = "caption"
+    text: str = "caption"
 
     def __len__(self):
         return len(self.samples)
@@ -623,7 +623,7 @@ def cli(main):
         main()
     except (UserError, OSError) as e:  # from a DataLoader worker it comes with a traceback
         message = str(e).rsplit("UserError: ", 1)[-1]
-        sys.exit("error: " + " ".join(message.split()))
+        sys.exit(f"error: {' '.join(message.split())[:600]}")
     except ModuleNotFoundError as e:
         sys.exit(
             f"error: {e}; figures need pip install matplotlib scikit-learn, labels.py "
@@ -650,8 +650,8 @@ def run_command(doc, functions, argv=None):
     args = vars(parser.parse_args(argv))
     function = functions[args.pop("command")]
     for name, value in args.items():
-        if type(value) in (int, float) and name not in MAY_BE_0 and not value > 0:
-            raise UserError(f"--{name} must be above 0, not {value}")
+        if type(value) in (int, float) and name not in MAY_BE_0 and not 0 < value < 1e9:
+            raise UserError(f"--{name} must be above 0 and below 1e9, not {value}")
     return function(**args)
 
 

@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import TextStreamer
 
 from data import (
     IGNORE,
@@ -40,12 +39,13 @@ from data import (
     append_json_line,
     cli,
     collate,
+    image_of,
     load_samples,
     read_json_lines,
     read_object,
     run_command,
 )
-from figures import draw_curves, draw_radar, draw_tsne, draw_words, history, step_in
+from figures import draw_curves, draw_radar, draw_tsne, draw_words, history, read_log, step_in
 from labels import all_sum, rank, read_words, true_share, world_size
 from model import find_model, load_model
 
@@ -127,7 +127,7 @@ def find_run(path):
     if not is_of_run or not (is_checkpoint or found.name == "model"):
         return Run(path)
     config = read_object((folder / "config.json").read_bytes(), folder / "config.json")
-    last_step = read_json_lines(folder / "metrics.jsonl")[-1]["step"]
+    last_step = read_log(folder / "metrics.jsonl")[-1]["step"]
     return Run(path, folder, config, step_in(found.name) or last_step)
 
 
@@ -274,20 +274,12 @@ def eval_words(
 
 # What LLaVA-1.5 appends to a question, and to one with lettered choices
 SHORT = "Answer the question using a single word or phrase."
-# As VQA's evaluation reads them
-NUMBERS = dict(
-    zip(
-        "none zero one two three four five six seven eight nine ten".split(),
-        "0 0 1 2 3 4 5 6 7 8 9 10".split(),
-    )
-)
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
 @torch.no_grad()
-def answer(
-    model, samples, image_folder, batch_size=16, max_new_tokens=16, workers=0, streamer=None
-):
+def answer(model, samples, image_folder, batch_size=16, max_new_tokens=16, workers=0):
     """Greedy answers (strings) to samples: LLaVA's dicts whose last turn is a human's."""
     tokenizer = model.tokenizer
     dataset = LlavaDataset(
@@ -297,9 +289,9 @@ def answer(
     loader = DataLoader(dataset, batch_size, collate_fn=pad_left, num_workers=workers)
 
     answers = []
-    for batch in tqdm(loader, "answering", disable=bool(streamer)):
+    for batch in tqdm(loader, "answering", disable=len(samples) == 1):
         batch = to_device(batch, model.device)
-        ids = model.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
+        ids = model.generate(batch, max_new_tokens=max_new_tokens)
         answers += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in answers]
 
@@ -338,7 +330,8 @@ def normalize(text):
     text = text.lower().strip()
     joined = re.sub(r"'|(?<=\d),(?=\d)", "", text)  # don't, 1,000
     words = re.sub(r"[^\w\s.+-]|[.+-](?!\d)", " ", joined).split()
-    return " ".join(NUMBERS.get(w, w) for w in words if w not in ("a", "an", "the")) or text
+    digits = [str(NUMBERS.index(word)) if word in NUMBERS else word for word in words]
+    return " ".join(word for word in digits if word not in ("a", "an", "the")) or text
 
 
 def chosen(text, choices):
@@ -393,9 +386,10 @@ def read_pope(file):
         raise UserError(
             f"{file}: no file of POPE, such as coco_pope_random.json, and no folder of them"
         )
-    rows = read_json_lines(file)
+    rows = read_json_lines(file, ["image", "text", "label"])
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or row.get("label") not in ("yes", "no"):
+        has_texts = isinstance(row["text"], str) and isinstance(image_of(row), str)
+        if not has_texts or row["label"] not in ("yes", "no"):
             raise UserError(
                 f'{file}, line {number}: not a question of POPE, which has "image", "text" and '
                 '"label", yes or no'
@@ -454,6 +448,8 @@ def vqa_question(sample, prompt):
     true = turns[first + 1]["value"]
     if choices := sample.get("choices"):
         where = f"--data, sample {sample.get('id')}"
+        if not isinstance(choices, list):
+            raise UserError(f"{where}: choices must be a list, not {choices!r}")
         letters = string.ascii_uppercase[: len(choices)]
         if [chosen(letter, choices) for letter in letters] != list(range(len(choices))):
             raise UserError(f"{where}: a letter must not be the text of another choice: {choices}")
@@ -470,13 +466,13 @@ def vqa_question(sample, prompt):
 def chat(model: str, image: str = "", max_new_tokens: int = 512):
     """Ask about an image, or about nothing: one question a line, an empty line or Ctrl-D ends."""
     sea = open_model(find_run(model))
-    streamer = TextStreamer(sea.tokenizer, skip_prompt=True, skip_special_tokens=True)
     turns = []
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while text := input("> ").replace(IMAGE_TOKEN, "").strip():
             turns.append({"from": "human", "value": text})
             sample = {"image": image, "conversations": turns}
-            [reply] = answer(sea, [sample], ".", 1, max_new_tokens, streamer=streamer)
+            [reply] = answer(sea, [sample], ".", 1, max_new_tokens)
+            print(reply)
             turns.append({"from": "gpt", "value": reply})
     return turns
 

@@ -39,7 +39,7 @@ def draw_words(pictures, grid, columns, file):
     by_frequency = sorted(counts, key=counts.get, reverse=True)
     colors = collections.defaultdict(lambda: GREY, zip(by_frequency, PALETTE.split()))
     tiles = [draw_tile(pixels, words, grid, colors) for pixels, words in pictures]
-    save_image(tiles, file, nrow=columns, padding=12, pad_value=1)
+    save_image(tiles, file, nrow=columns, padding=12, pad_value=1, format="png")
     print(f"wrote {file}")
 
 
@@ -88,10 +88,10 @@ def history(folder):
     A result file belongs to the step of the last step_N in its path, or else to the run's last.
     """
     folder = Path(folder)
-    lines = read_json_lines(folder / "metrics.jsonl")
+    lines = read_log(folder / "metrics.jsonl")
     last_step = lines[-1]["step"]
     if (folder / "eval.jsonl").exists():
-        lines += read_json_lines(folder / "eval.jsonl")
+        lines += read_log(folder / "eval.jsonl")
     # The tools put the time into the name: a newer result of the same step comes later.
     for file in sorted(folder.rglob("*results*.json"), key=lambda file: file.name):
         step = step_in(file.relative_to(folder)) or last_step
@@ -102,8 +102,17 @@ def history(folder):
         for name, value in line.items():
             parts = value if isinstance(value, dict) else {"": value}
             for part, number in parts.items():
-                measures[f"{name} {part}".strip()][line["step"]] = number
+                if isinstance(number, (int, float)):
+                    measures[f"{name} {part}".strip()][line["step"]] = number
     return measures
+
+
+def read_log(file):
+    """The lines of a run's metrics.jsonl or eval.jsonl, each with the number of its step."""
+    lines = read_json_lines(file, ["step"])
+    if not lines or not all(isinstance(line["step"], int) for line in lines):
+        raise UserError(f"{file}: empty, or a line whose step is no number; mend or remove it")
+    return lines
 
 
 def harness_scores(file):
@@ -121,7 +130,7 @@ def harness_scores(file):
             metrics.sort(key=lambda name: not re.search("CIDEr|pair|f1", name))
             if metrics and task not in members:
                 scores[task] = {"all": values[metrics[0]]}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except Exception as e:  # any other shape
         raise UserError(
             f"{file}: not what lmms-eval or lm-evaluation-harness writes ({e!r}); move it out of "
             "the run's folder"

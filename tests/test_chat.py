@@ -354,11 +354,11 @@ def test_what_counts_as_no_image(tmp_path, image):
         (conversation("<im<image>age>\nQ1", "A1"), "another <image> remains"),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
-            "from 'human human'",
+            r"from \['human', 'human'\]",
         ),
         (
             {"conversations": [{"from": "user", "value": "a"}, {"from": "gpt", "value": "b"}]},
-            "from 'user gpt'",
+            r"from \['user', 'gpt'\]",
         ),
     ],
 )

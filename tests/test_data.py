@@ -191,9 +191,9 @@ def test_truncation_cuts_the_caption_and_never_the_image(tokenizer):
     [
         (
             [("human", "<image>"), ("gpt", "a"), ("human", "b"), ("gpt", "c")],
-            "from 'human gpt human gpt'; they must be a",
+            r"from \['human', 'gpt', 'human', 'gpt'\]; they must be a",
         ),
-        ([("gpt", "a"), ("human", "<image>")], "from 'gpt human'"),
+        ([("gpt", "a"), ("human", "<image>")], r"from \['gpt', 'human'\]"),
         ([("human", "<image>"), ("gpt", "an <image>")], "may stand in one human turn"),
     ],
 )
