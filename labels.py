@@ -99,7 +99,7 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
         print(f"{len(words) - len(groups['kept']):9,} more of {extra}")
     if not words:
         raise UserError(f"{data}: no word is left; lower --min_count")
-    _write(Path(out), "\n".join(words) + "\n")
+    write_file(Path(out), "\n".join(words) + "\n")
     print(f"{len(words):9,} words in {out}")
 
 
@@ -553,7 +553,7 @@ def _load(file):
         ) from e
 
 
-def _write(file, content):
+def write_file(file, content):
     """Write text or an array; the file is complete or absent, whenever this process is killed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{file}.part")
@@ -660,7 +660,7 @@ def extract(
     record_dtype = record_type(len(words), math.prod(meta["grid"]), n)
     for k in tqdm(missing, f"labelling (rank 0 of {world_size()})", disable=rank() > 0):
         records = list(itertools.islice(labelled_images, len(shards[k])))
-        _write(files[k], np.array(records, record_dtype))  # in uint16, -1 becomes 65535
+        write_file(files[k], np.array(records, record_dtype))  # in uint16, -1 becomes 65535
 
 
 def _check_flags(prompt, n, min_score, mass, batch_size, shard, **_):
@@ -707,12 +707,12 @@ def _start_store(folder, meta, words, clip):
         raise UserError(
             f"{folder}: holds files of unknown settings (no meta.json); choose another --out"
         )
-    _write(folder / "words.txt", "\n".join(words) + "\n")
-    _write(folder / "meta.json", json.dumps(meta, indent=1))
+    write_file(folder / "words.txt", "\n".join(words) + "\n")
+    write_file(folder / "meta.json", json.dumps(meta, indent=1))
     if not (folder / "words.npy").exists():
         with _autocast(clip, meta):
             word_embeds = word_embeddings(clip, words, meta["prompt"])
-        _write(folder / "words.npy", word_embeds.cpu().numpy())
+        write_file(folder / "words.npy", word_embeds.cpu().numpy())
 
 
 def _autocast(clip, meta):

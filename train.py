@@ -61,7 +61,16 @@ from data import (
     sample_lengths,
 )
 from eval import alignment_sums
-from labels import LabelStore, all_sum, file_crc, rank, rank_device, wait_for, world_size
+from labels import (
+    LabelStore,
+    all_sum,
+    file_crc,
+    rank,
+    rank_device,
+    wait_for,
+    world_size,
+    write_file,
+)
 from loss import total_loss
 from model import (
     adapter_state,
@@ -634,8 +643,9 @@ def write_config(cfg, settings):
     """Write config.json. Of two launches at the same moment, the second fails here."""
     file = Path(cfg.out_dir, "config.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w" if cfg.resume else "x") as f:
-        json.dump(dataclasses.asdict(cfg) | {"fixed": settings}, f, indent=1)
+    if not cfg.resume:
+        file.touch(exist_ok=False)
+    write_file(file, json.dumps(dataclasses.asdict(cfg) | {"fixed": settings}, indent=1))
 
 
 def training_state(run):
@@ -658,7 +668,7 @@ def save_checkpoint(run, step):
     the order depends on nothing else, and what is drawn is keyed by (seed, step, sample).
     """
     folder = Path(run.cfg.out_dir) / f"checkpoints/step_{step}"
-    unfinished = folder.with_name(folder.name + ".tmp")
+    unfinished = folder.with_name("unfinished.tmp")
     if rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -683,8 +693,7 @@ def load_checkpoint(run, folder):
     if rank() == 0 and read_object(crcs, folder / "crc.json") != weight_crcs(folder):
         raise UserError(f"{folder}: truncated or corrupt; remove it to resume from another")
     barrier()
-    reader = dcp.HuggingFaceStorageReader(folder / "state")
-    dcp.load(training_state(run), storage_reader=reader)
+    dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(folder / "state"))
 
 
 def weight_crcs(folder):

@@ -94,7 +94,7 @@ def test_ten_steps_killed_and_ten_more_are_twenty(flags, tmp_path):
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert len(metrics(tmp_path / "killed")) == 13 and not (tmp_path / "killed/model").exists()
     # as if the kill had come while a checkpoint was written
-    (tmp_path / "killed/checkpoints/step_15.tmp").mkdir()
+    (tmp_path / "killed/checkpoints/unfinished.tmp").mkdir()
     train.main([*killed, "--resume"])
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     for name, w in weights(tmp_path / "whole").items():
