@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import llama3_tokenizer
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -292,6 +293,15 @@ def test_both_stages_and_a_folder_that_transformers_loads(
     assert one == together
     # an untrained Gemma, whose √D drowns the rest, repeats its last token; see test_real.py
     assert len({tuple(row) for row in one}) > 1 or llm == "gemma"
+    # the names that transformers has read longest: tried on 5.0.0, 5.4.0, 5.17.0 and 5.24.0
+    names = load_file(tmp_path / "two/model/model.safetensors").keys()
+    query = {
+        "dinov2": "vision_tower.encoder.layer.0.attention.attention.query.weight",
+        "clip": "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "siglip": "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+    }
+    assert query[tower] in names
+    assert "language_model.model.layers.0.mlp.down_proj.weight" in names
     config = json.loads((tmp_path / "two/model/config.json").read_text())
     assert config["vision_feature_layer"] == -2 and config["image_seq_length"] == first.image_tokens
     lines = (tmp_path / "two/metrics.jsonl").read_text().splitlines()

@@ -356,6 +356,27 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(flags, tmp_path, monkeypat
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("killed_in", ["save_checkpoint", "validate"])
+def test_no_line_is_lost_to_a_kill(flags, tmp_path, monkeypatch, killed_in):
+    """Whether it comes as a checkpoint has just been written, or in the validation after it."""
+    flags = [*flags, "--save_every", "3", "--out_dir"]  # and --val_every 3
+    train.main([*flags, str(tmp_path / "whole")])
+    function = getattr(train, killed_in)
+
+    def killed(run, argument):
+        if killed_in == "save_checkpoint":
+            function(run, argument)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, killed_in, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, str(tmp_path / "run")])
+    monkeypatch.setattr(train, killed_in, function)
+    train.main([*flags, str(tmp_path / "run"), "--resume"])
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert "val_loss" in metrics(tmp_path / "run")[2]
+
+
 def test_files_may_move_but_must_be_the_same(flags, tmp_path, world, labels):
     given = dict(zip(flags[::2], flags[1::2]))
     shutil.copy(given["--data"], tmp_path / "data.json")
