@@ -127,7 +127,7 @@ def _parse(text, file, line=None):
     except (ValueError, RecursionError) as e:  # of JSON or of UTF-8; too deep
         line = line or getattr(e, "lineno", "?")
         reason = getattr(e, "msg", e)
-        raise UserError(f"{file}, line {line}: not valid JSON ({reason}); mend or remove it")
+        raise UserError(f"{file}, line {line}: not valid JSON ({reason}); mend or remove it") from e
 
 
 def image_of(sample):
@@ -175,8 +175,9 @@ def check_sample(sample, captions, where):
     chat = "(system\0)?(gpt\0)?human\0gpt(\0human\0gpt)*(\0human)?"
     if not re.fullmatch("human\0gpt" if captions else chat, speakers):
         raise UserError(
-            f"{where}: the turns are from {speakers.split(chr(0))}; they must be a caption's (human gpt) in "
-            "stage 1, and alternate between human and gpt, after a system turn if any, in stage 2"
+            f"{where}: the turns are from {speakers.split(chr(0))}; they must be a caption's (human "
+            "gpt) in stage 1, and alternate between human and gpt, after a system turn if any, in "
+            "stage 2"
         )
     with_image = [turn["from"] for turn in turns if IMAGE_TOKEN in turn["value"]]
     if with_image and (with_image != ["human"] or not image):
@@ -482,7 +483,7 @@ def read_image(file):
     except Exception as e:  # decoders raise nearly everything
         raise UserError(
             f"{file}: not a readable image ({e}); replace the file or remove its sample"
-        )
+        ) from e
 
 
 # ----------------------------------------------------------------------------- batches
@@ -631,7 +632,7 @@ def cli(main):
         )
 
 
-MAY_BE_0 = "workers seed sign min_score".split()  # or be below
+MAY_BE_0 = ("workers", "seed", "sign", "min_score")  # numbers that may be 0 or below
 
 
 def run_command(doc, functions, argv=None):

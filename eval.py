@@ -274,7 +274,7 @@ def eval_words(
 
 # What LLaVA-1.5 appends to a question, and to one with lettered choices
 SHORT = "Answer the question using a single word or phrase."
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = "zero one two three four five six seven eight nine ten"
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
@@ -330,7 +330,8 @@ def normalize(text):
     text = text.lower().strip()
     joined = re.sub(r"'|(?<=\d),(?=\d)", "", text)  # don't, 1,000
     words = re.sub(r"[^\w\s.+-]|[.+-](?!\d)", " ", joined).split()
-    digits = [str(NUMBERS.index(word)) if word in NUMBERS else word for word in words]
+    numbers = NUMBERS.split()
+    digits = [str(numbers.index(word)) if word in numbers else word for word in words]
     return " ".join(word for word in digits if word not in ("a", "an", "the")) or text
 
 

@@ -192,7 +192,7 @@ SETTINGS = {
 MAY_CHANGE_ON_RESUME = """
     resume out_dir image_folder val_data val_every val_samples log_every save_every keep export
     fsdp compile grad_checkpoint workers grad_accum
-""".split()
+"""
 
 
 def parse_config(argv=None):
@@ -613,7 +613,7 @@ def build_optimizer(cfg, model, steps, first_step):
 def fixed_settings(cfg):
     """{name: value} of what --resume must not change. Files may move: their CRCs stand for them."""
     settings = dataclasses.asdict(cfg)
-    for name in MAY_CHANGE_ON_RESUME:
+    for name in MAY_CHANGE_ON_RESUME.split():
         del settings[name]
     settings["samples_per_step"] = cfg.global_batch()
     files = {"data": Path(cfg.data), "labels": Path(cfg.labels, "meta.json")}

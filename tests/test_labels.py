@@ -1104,6 +1104,15 @@ def test_which_files_are_a_ranks_does_not_depend_on_what_is_there(
     assert {int(path.stem[-5:]) for path in (tmp_path / "labels").glob("labels-*")} == files | {2}
 
 
+def test_waiting_for_rank_0_has_an_end(tmp_path):
+    """And names what does not come: it may have ended, or the nodes share no folder."""
+    labels.wait_for(tmp_path, hours=0)  # it is there
+    with pytest.raises(
+        UserError, match="words.npy does not appear: rank 0 has ended, or this node"
+    ):
+        labels.wait_for(tmp_path / "words.npy", hours=1e-4)
+
+
 def test_torchrun(settings, whole, tmp_path):
     root = Path(labels.__file__).parent
     run = subprocess.run(
