@@ -175,9 +175,9 @@ def check_sample(sample, captions, where):
     chat = "(system\0)?(gpt\0)?human\0gpt(\0human\0gpt)*(\0human)?"
     if not re.fullmatch("human\0gpt" if captions else chat, speakers):
         raise UserError(
-            f"{where}: the turns are from {speakers.split(chr(0))}; they must be a caption's (human "
-            "gpt) in stage 1, and alternate between human and gpt, after a system turn if any, in "
-            "stage 2"
+            f"{where}: the turns are from {speakers.split(chr(0))}; they must be a caption's "
+            "(human gpt) in stage 1, and alternate between human and gpt, after a system turn if "
+            "any, in stage 2"
         )
     with_image = [turn["from"] for turn in turns if IMAGE_TOKEN in turn["value"]]
     if with_image and (with_image != ["human"] or not image):
