@@ -350,6 +350,7 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(flags, tmp_path, monkeypat
     own = [*flags, "--out_dir", str(tmp_path / "run"), "--resume"]
     with pytest.raises(UserError, match="a signal ended the run; step 3 is saved"):
         train.main(own)
+    assert [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()] == ["step_3"]
     assert [signal.getsignal(n) for n in train.STOP_SIGNALS] == handlers
     monkeypatch.setattr(train, "train_step", step)
     train.main(own)
