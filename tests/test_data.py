@@ -137,8 +137,10 @@ def test_an_unreadable_image_is_named(tmp_path):
             data.read_image(tmp_path / name)
 
 
-def test_only_listed_formats_of_8_bits_and_usual_shape_are_read(tmp_path):
-    Image.new("RGB", (64, 64)).save(tmp_path / "postscript.jpg", "EPS")  # Ghostscript would run it
+def test_only_listed_formats_of_8_bits_and_usual_shape_are_read(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: ran.append(args))
+    Image.new("RGB", (64, 64)).save(tmp_path / "postscript.jpg", "EPS")
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "16_bits.png")
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tiff")
     Image.new("RGB", (1, 101)).save(tmp_path / "narrow.png")  # an edge of 336 would take 30 MB
@@ -147,6 +149,7 @@ def test_only_listed_formats_of_8_bits_and_usual_shape_are_read(tmp_path):
     for name in ("postscript.jpg", "16_bits.png", "float.tiff", "narrow.png", "folder.png"):
         with pytest.raises(UserError, match=name):
             data.read_image(tmp_path / name)
+    assert not ran
     with pytest.raises(UserError, match="pipe.png: cannot read the image .no such file"):
         data.read_image(tmp_path / "pipe.png")
 
