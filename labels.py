@@ -361,7 +361,7 @@ def _use_full_precision():
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def _search(patches, word_embeds, n, dtype, word_block=4096):
+def _search(patches, word_embeds, n, dtype, word_block=16384):
     """The n best of each patch's candidates: the 4n + 24 words of largest products in `dtype`.
 
     -> ids [P, n], float64 scores [P, n], descending, and a bound [P] for the score of other words.
