@@ -1,7 +1,7 @@
 """What a run will cost (train.py --dry_run), and how fast the labels are found.
 
-    python train.py --stage pretrain --world_size 8 --dry_run      the paper's run, on any computer
-    python train.py --stage finetune --world_size 8 --fsdp --dry_run
+    python train.py --stage pretrain --dry_run 8      the paper's run on 8 GPUs, on any computer
+    python train.py --stage finetune --fsdp --dry_run 8
     python bench.py words               labels.nearest_words against the bare matrix product
 
 To plan a run, the model is built on the meta device: config, tokenizer and preprocessor files are

@@ -514,7 +514,9 @@ class LlavaDataset(Dataset):
     def __getitem__(self, i):
         sample = self.samples[i]
         if self.text == "prompt":
-            ids, _ = encode_chat(sample, self.tokenizer, self.image_tokens, True)
+            ids, _ = encode_chat(
+                sample, self.tokenizer, self.image_tokens, add_generation_prompt=True
+            )
             ids = torch.tensor(ids)
             targets = torch.full_like(ids, IGNORE)
         else:

@@ -274,7 +274,6 @@ def eval_words(
 
 # What LLaVA-1.5 appends to a question, and to one with lettered choices
 SHORT = "Answer the question using a single word or phrase."
-NUMBERS = "zero one two three four five six seven eight nine ten"
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
@@ -319,6 +318,10 @@ def pope_metrics(answers, truths):
         f1=2 * hits / max(1, sum(answers) + sum(truths)),
         yes_ratio=np.mean(answers),
     )
+
+
+# What VQA's evaluation writes as digits
+NUMBERS = "zero one two three four five six seven eight nine ten"
 
 
 def normalize(text):

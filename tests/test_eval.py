@@ -276,6 +276,13 @@ def test_pope_metrics_are_those_of_scikit_learn(share):
         assert pope_metrics(said, true) == pytest.approx(expected)
 
 
+def test_processes_without_a_group_do_not_measure_a_part_in_silence(run, monkeypatch):
+    """As torchrun would start eval.py: each measures its share, and they cannot add it up."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        evaluation.main(["tacs", "--model", str(run), "--samples", "4"])
+
+
 def test_pope_metrics_by_hand():
     said, true = [True, True, True, False, False], [True, False, True, True, False]
     assert pope_metrics(said, true) == pytest.approx(
