@@ -9,8 +9,6 @@ read, weights are not, and nothing is written. Counts are exact. Memory is estim
 below, for bf16 on GPUs unless --dtype float32.
 """
 
-import dataclasses
-import json
 import math
 import statistics
 import time
@@ -19,9 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import UserError, cli, load_samples, run_command
+from data import cli, load_samples, run_command
 from labels import nearest_words
-from model import find_model, new_model, part_names
 
 # Number of samples in the recipes' files, to plan before the download. The last two are rounded.
 SAMPLES = {
@@ -37,21 +34,15 @@ LABELS = 10  # per patch, the default of labels.py extract
 # ----------------------------------------------------------------------------- the plan
 
 
-def plan(cfg, ranks):
+def plan(cfg, model, dtype, ranks):
     """Print what a run of this config on `ranks` GPUs needs.
 
-    Returns the printed figures; those of memory and disk are in bytes.
+    model, dtype: of train.build_model, on the meta device. Returns the printed figures; those of
+    memory and disk are in bytes.
     """
-    vision, llm = find_parts(cfg)
-    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     is_pretrain = cfg.stage == "pretrain"
-    with torch.device("meta"):
-        model = new_model(vision, llm, dtype if is_pretrain else torch.float32)
-    weights = sum(p.nbytes for p in model.parameters())
-    cpu = {"while loading": weights * min(ranks, 8)}  # a node has up to 8 ranks; each loads all
-    model.log_scale.requires_grad_(cfg.sea_weight > 0)
-    if not is_pretrain:
-        model.thaw_llm(cfg.tune_vision, dtype)
+    loaded = sum(p.numel() * (p.itemsize if is_pretrain else 4) for p in model.parameters())
+    cpu = {"while loading": loaded * min(ranks, 8)}  # a node has up to 8 ranks; each loads all
 
     params = {"all": count_parameters(model), "trained": count_parameters(model, trained=True)}
     steps = plan_steps(cfg, ranks, model.image_tokens)
@@ -59,7 +50,7 @@ def plan(cfg, ranks):
     gpu = {length: gpu_memory(cfg, model, ranks, length) for length in (typical, cfg.max_length)}
     disk = plan_disk(cfg, steps, params, dtype, model.image_tokens)
 
-    print(f"{cfg.stage} on {ranks} GPUs: {vision} and {llm}; {cfg.data}")
+    print(f"{cfg.stage} on {ranks} GPUs: {model.parts}; {cfg.data}")
     if not Path(cfg.data).is_file():
         print(f"{cfg.data} is not here; it has about {steps['samples']:,} samples")
     print_table("parameters", params)
@@ -67,21 +58,7 @@ def plan(cfg, ranks):
     print_table("GPU memory by positions, GiB", gpu, 2**30)
     print_table("CPU memory of a node, GiB", {"": cpu}, 2**30)
     print_table("disk, GB", {"": disk}, 10**9)
-    print("\n" + json.dumps(dataclasses.asdict(cfg)))
     return dict(params=params, steps=steps, gpu=gpu, cpu=cpu, disk=disk)
-
-
-def find_parts(cfg):
-    """The names of the vision tower and the LLM: those of --init, if there is one."""
-    if not cfg.init:
-        return cfg.vision, cfg.llm
-    folder = find_model(cfg.init)
-    if not (folder / "adapter.safetensors").is_file():
-        raise UserError(
-            f"{folder}: no run of stage 1; for its plan give --llm and --vision instead"
-        )
-    names = part_names(folder)
-    return names["vision"], names["llm"]
 
 
 def count_parameters(model, trained=False):

@@ -100,11 +100,6 @@ class JsonLines:
             return json.loads(lines.readline())
 
 
-def append_json_line(file, content):
-    with open(file, "a") as f:
-        f.write(json.dumps(content) + "\n")
-
-
 def read_json_lines(file, keys=()):
     """The objects of a small file that holds one on each line, such as metrics.jsonl."""
     lines = enumerate(Path(file).read_bytes().splitlines(), 1)
@@ -190,17 +185,20 @@ def check_sample(sample, captions, where):
 # ----------------------------------------------------------------------------- text
 
 
-def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=False):
+def encode_conversation(
+    sample, tokenizer, image_tokens, max_length=2048, chat=False, is_prompt=False
+):
     """-> ids [L], with image_tokens times <image>, and targets [L], IGNORE where not trained.
 
     Stage 1, LLaVA's `plain`: <image>, the caption and a newline, without the human turn and without
     EOS. Caption and newline are trained.
     chat, stage 2: the tokenizer's chat template. Answers and the tokens that end them are trained.
+    is_prompt: the last turn is a human's, and the ids end where its answer begins.
     Ids beyond max_length are cut off. An image that the cut would split is dropped whole.
     """
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if chat:
-        ids, is_trained = encode_chat(sample, tokenizer, image_tokens)
+        ids, is_trained = encode_chat(sample, tokenizer, image_tokens, is_prompt)
     else:
         caption = as_text(sample["conversations"][1]["value"], tokenizer)
         ids = tokenizer(IMAGE_TOKEN * image_tokens + caption + "\n")["input_ids"]
@@ -220,15 +218,12 @@ def encode_conversation(sample, tokenizer, image_tokens, max_length=2048, chat=F
             max_length = start
     ids = torch.tensor(ids[:max_length])
     is_trained = torch.tensor(is_trained[:max_length])
+    is_trained[0] = 0  # nothing comes before it
     return ids, ids.masked_fill(is_trained == 0, IGNORE)
 
 
-def encode_chat(sample, tokenizer, image_tokens, add_generation_prompt=False):
-    """-> ids and is_trained, lists of equal length.
-
-    add_generation_prompt: after a chat whose last turn is the human's, the ids that stand before
-    its answer in training, for the model to continue.
-    """
+def encode_chat(sample, tokenizer, image_tokens, is_prompt):
+    """-> ids and is_trained, lists of equal length; arguments as of encode_conversation."""
     messages = chat_messages(sample, image_tokens)
     for message in messages:
         message["content"] = as_text(message["content"], tokenizer)
@@ -236,7 +231,7 @@ def encode_chat(sample, tokenizer, image_tokens, add_generation_prompt=False):
         messages,
         return_dict=True,
         return_assistant_tokens_mask=True,
-        add_generation_prompt=add_generation_prompt,
+        add_generation_prompt=is_prompt,
     )
     is_trained = encoded["assistant_masks"]
     answers = sum(message["role"] == "assistant" for message in messages)
@@ -461,10 +456,9 @@ def vision_preprocess(name):
         # PAPER: the edge is resized to the crop's size, even where a processor resizes to a larger
         # one (DINOv2: 256 for 224): training must see the region that was labelled.
         size = processor.crop_size["height"]
-        pads = isinstance(processor, LlavaImageProcessor) and processor.do_pad
-        mode = "pad" if pads else "square"
-    mean = tuple(processor.image_mean)
-    return dict(size=size, mode=mode, mean=mean, std=tuple(processor.image_std))
+        mode = "pad" if getattr(processor, "do_pad", False) else "square"
+    mean, std = map(tuple, (processor.image_mean, processor.image_std))
+    return dict(size=size, mode=mode, mean=mean, std=std)
 
 
 def read_image(file):
@@ -494,7 +488,7 @@ class LlavaDataset(Dataset):
     """Samples -> tensors.
 
     preprocess: the keywords of `geometry`. text: "caption" (stage 1), "chat" (stage 2), or "prompt"
-    for a chat to be answered, without targets. label_store: a LabelStore of the same samples, its
+    for a chat to be answered. label_store: a LabelStore of the same samples, its
     row i for sample i. An item has no "pixels" if its sample has no image, or if max_length has cut
     the image off.
     """
@@ -513,47 +507,57 @@ class LlavaDataset(Dataset):
 
     def __getitem__(self, i):
         sample = self.samples[i]
-        if self.text == "prompt":
-            ids, _ = encode_chat(
-                sample, self.tokenizer, self.image_tokens, add_generation_prompt=True
-            )
-            ids = torch.tensor(ids)
-            targets = torch.full_like(ids, IGNORE)
-        else:
-            ids, targets = encode_conversation(
-                sample, self.tokenizer, self.image_tokens, self.max_length, self.text == "chat"
-            )
-        item = {"index": i, "input_ids": ids, "targets": targets}
-        if self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in ids:
+        ids, targets = encode_conversation(
+            sample,
+            self.tokenizer,
+            self.image_tokens,
+            self.max_length,
+            chat=self.text != "caption",
+            is_prompt=self.text == "prompt",
+        )
+        item = {
+            "index": i,
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "is_image": ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            "targets": targets,
+        }
+        if item["is_image"].any():
             file = Path(self.image_folder, image_of(sample))
             image, crc = read_image(file)
             item["pixels"] = geometry(image, **self.preprocess)
         if self.label_store is not None:
-            # crc is known, for the image of a caption is never cut off
-            if self.label_store.record(i)["crc"] != crc:
+            record = self.label_store.record(i)
+            if record["crc"] != crc:  # which is known: the image of a caption is never cut off
                 raise UserError(
                     f"{file}: the file has changed since it was labelled; run labels.py extract "
                     f"again into another folder than {self.label_store.folder}"
                 )
-            item["label_ids"], item["label_scores"] = self.label_store[i]
+            item["label_ids"], item["label_scores"] = self.label_store.as_tensors(record)
         return item
 
 
 def collate(items, pad_id, side="right"):
     """Items of LlavaDataset -> a batch, sequences padded at `side`.
 
-    index (list of B), input_ids, targets and attention_mask [B, L], pixels [images, 3, size,
-    size] and, with labels, label_ids and label_scores [B, m, n].
+    index (list of B), input_ids and attention_mask [B, L], pixels [images, 3, size, size] and, with
+    labels, label_ids and label_scores [B, m, n]. As places in the flattened input_ids, so that a
+    GPU need not look for them: image_places [images * m], where <image> stands, and trained [T],
+    the tokens to be predicted, of which none is the first of its sequence.
     """
-    pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
-    ids = [item["input_ids"] for item in items]
+
+    def pad(key, value):
+        rows = [item[key] for item in items]
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
     pixels = [item["pixels"] for item in items if "pixels" in item]
     batch = {
         "index": [item["index"] for item in items],
-        "input_ids": pad(ids, padding_value=pad_id),
-        "targets": pad([item["targets"] for item in items], padding_value=IGNORE),
-        # from lengths: the pad token may be EOS, which is trained
-        "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
+        "input_ids": pad("input_ids", pad_id),
+        # not from the ids: the pad token may be EOS
+        "attention_mask": pad("attention_mask", 0),
+        "image_places": torch.where(pad("is_image", False).flatten())[0],
+        "trained": torch.where(pad("targets", IGNORE).flatten() != IGNORE)[0],
         "pixels": torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0),
     }
     for key in ("label_ids", "label_scores"):

@@ -32,11 +32,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
-    IGNORE,
     IMAGE_TOKEN,
     LlavaDataset,
     UserError,
-    append_json_line,
     cli,
     collate,
     image_of,
@@ -46,7 +44,15 @@ from data import (
     run_command,
 )
 from figures import draw_curves, draw_radar, draw_tsne, draw_words, history, read_log, step_in
-from labels import all_sum, rank, read_words, true_share, world_size
+from labels import (
+    all_sum,
+    append_json_line,
+    rank,
+    rank_device,
+    read_words,
+    true_share,
+    world_size,
+)
 from model import find_model, load_model
 
 # --------------------------------------------------------------------------------------- measures
@@ -58,8 +64,7 @@ def tacs(x_v, x_t, k=10):
 
     x_v [m, D] visual tokens, x_t [n, D] text tokens -> scalar.
     """
-    cosines = F.normalize(x_v.float()) @ F.normalize(x_t.float()).T
-    nearest = cosines.amax(1)
+    nearest = (F.normalize(x_v.float()) @ F.normalize(x_t.float()).T).amax(1)
     return nearest.topk(min(k, len(nearest))).values.mean()
 
 
@@ -88,17 +93,17 @@ def alignment_sums(model, dataset, device):
     # All ranks must join each forward pass: FSDP gathers weights in it, DDP sends buffers.
     for first in range(0, len(dataset), world_size()):
         own = first + rank()
-        i = own if own < len(dataset) else 0
+        i = own % len(dataset)
         batch = to_device(collate([dataset[i]], pad_id=0), device)  # one sample: no padding
+        del batch["attention_mask"]
         out = model(**batch, num_targets=1)  # divided by 1, loss_g stays a sum over tokens
 
-        is_trained = batch["targets"] != IGNORE
-        x_v = out["inputs"][out["is_image"]]
-        x_t = out["inputs"][is_trained][:-1]  # a caption's last token is the newline that ends it
+        x_v = out["inputs"][batch["image_places"]]
+        x_t = out["inputs"][batch["trained"][:-1]]  # a caption's last token is a newline
         score = tacs(x_v, x_t) if len(x_v) and len(x_t) else 0.0
         if own == i:
-            sums += torch.tensor([score, len(x_v) > 0, out["loss_g"], is_trained.sum()])
-    return all_sum(sums, device)
+            sums += torch.tensor([score, len(x_v) > 0, out["loss_g"], len(batch["trained"])])
+    return all_sum(sums, device).tolist()
 
 
 def to_device(batch, device):
@@ -133,8 +138,8 @@ def find_run(path):
 
 def open_model(run):
     """The SEAModel of a Run."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device = rank_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return load_model(run.path, dtype).to(device)
 
 
@@ -201,8 +206,7 @@ def eval_tacs(model: str, data: str = "", image_folder: str = "", samples: int =
     run = find_run(model)
     sea, captions = open_captions(run, data, image_folder, samples)
     score, pairs, loss, tokens = alignment_sums(sea, captions, sea.device)
-    result = dict(tacs=score / pairs, caption_loss=loss / tokens, pairs=int(pairs))
-    return save_result(run, result)
+    return save_result(run, dict(tacs=score / pairs, caption_loss=loss / tokens, pairs=int(pairs)))
 
 
 def eval_gap(
@@ -282,7 +286,13 @@ def answer(model, samples, image_folder, batch_size=16, max_new_tokens=16, worke
     """Greedy answers (strings) to samples: LLaVA's dicts whose last turn is a human's."""
     tokenizer = model.tokenizer
     dataset = LlavaDataset(
-        samples, image_folder, model.preprocess, tokenizer, model.image_tokens, text="prompt"
+        samples,
+        image_folder,
+        model.preprocess,
+        tokenizer,
+        model.image_tokens,
+        max_length=10**9,  # nothing may be cut off
+        text="prompt",
     )
     pad_left = functools.partial(collate, pad_id=tokenizer.pad_token_id, side="left")
     loader = DataLoader(dataset, batch_size, collate_fn=pad_left, num_workers=workers)
@@ -437,7 +447,7 @@ def eval_vqa(
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text("".join(json.dumps(question) + "\n" for question in questions))
-    shares = {kind: np.mean(rights) for kind, rights in sorted(scores.items())}
+    shares = {kind: np.mean(rights) for kind, rights in scores.items()}
     return save_result(run, {Path(data).stem: shares})
 
 

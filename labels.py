@@ -80,27 +80,17 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
     captions = (turn["value"] for turn in turns if turn["from"] == "gpt")
     words_of_captions = tqdm(_caption_words(captions, tagger), "reading captions")
     counts = collections.Counter(itertools.chain.from_iterable(words_of_captions))
-    groups = collections.defaultdict(list)
+    words = []
     for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        reason = "kept"
-        if len(word) == 1:
-            reason = "single letters"
-        elif word in STOP_WORDS.split():
-            reason = "stop words"
-        elif count < min_count:
-            reason = f"rarer than {min_count}"
-        groups[reason].append(word)
-
-    for reason, group in groups.items():
-        print(f"{len(group):9,} {reason}: {', '.join(group[:8])} ...")
-    words = groups["kept"]
+        if count >= min_count and len(word) > 1 and word not in STOP_WORDS.split():
+            words.append(word)
+    print(f"{len(words):,} of the {len(counts):,} words of {data}: {', '.join(words[:20])} ...")
     if extra:
         words = list(dict.fromkeys(words + read_words(extra)))
-        print(f"{len(words) - len(groups['kept']):9,} more of {extra}")
     if not words:
         raise UserError(f"{data}: no word is left; lower --min_count")
     write_file(Path(out), "\n".join(words) + "\n")
-    print(f"{len(words):9,} words in {out}")
+    print(f"{len(words):,} words in {out}")
 
 
 def _caption_words(captions, tagger):
@@ -453,7 +443,11 @@ class LabelStore:
         return _load(self.files[i // self.meta["shard"]])[i % self.meta["shard"]]
 
     def __getitem__(self, i):
-        record = self.record(i)
+        return self.as_tensors(self.record(i))
+
+    @staticmethod
+    def as_tensors(record):
+        """A record's ids [m, n] int64 (-1 = none) and scores [m, n] float32."""
         ids = record["ids"].astype(np.int64)
         if record["ids"].dtype == np.uint16:
             ids[ids == 65535] = -1
@@ -553,6 +547,11 @@ def _load(file):
         ) from e
 
 
+def append_json_line(file, content):
+    with open(file, "a") as f:
+        f.write(json.dumps(content) + "\n")
+
+
 def write_file(file, content):
     """Write text or an array; the file is complete or absent, whenever this process is killed."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -585,12 +584,19 @@ def rank_device():
     return torch.device(gpu if torch.cuda.is_available() else "cpu")
 
 
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def all_sum(values, device):
-    """Sum numbers over the ranks -> list of floats."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    """Sum numbers over the ranks -> float64 tensor on the device."""
+    total = torch.zeros(len(values), dtype=torch.float64, device=device)
+    for i, value in enumerate(values):
+        total[i] = value  # unlike torch.tensor, does not wait for the GPU
     if world_size() > 1:  # an error where the processes form no group: they have shared the work
         dist.all_reduce(total)
-    return total.tolist()
+    return total
 
 
 def wait_for(file, hours):

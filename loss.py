@@ -23,6 +23,8 @@ Label tensors usually live on the CPU: without gather, choosing pairs costs no s
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 # ----------------------------------------------------------------------------- the SEA loss
 
@@ -59,16 +61,18 @@ def sea_loss(
         found = f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)}"
         raise ValueError(f"{found} must both be [B, {grid[0]} x {grid[1]}, ...]")
     patches, labels, priority = sample_pairs(label_ids, label_scores, grid, window, generator)
-    x = visual_tokens.flatten(0, 1)[patches.to(visual_tokens.device)]  # (S, D), S = B * windows
+    patches = patches.to(visual_tokens.device, non_blocking=True)
+    x = visual_tokens.flatten(0, 1)[patches]  # (S, D), S = B * windows
     is_own = torch.ones_like(labels, dtype=torch.bool)
     if gather:
         x, labels, priority, is_own = gather_pairs(x, labels, priority)
 
     # Equal inputs and stable sorts: with gather, every rank keeps the same pairs.
     kept = one_patch_per_label(labels, priority=priority)
-    x = x[kept.to(x.device)]  # (N, D)
+    x = x[kept.to(x.device, non_blocking=True)]  # (N, D)
     t = word_features_of(labels[kept])
-    own_rows = is_own[kept].nonzero().flatten().to(x.device)  # rows of x and t
+    own_rows = is_own[kept].nonzero().flatten()  # rows of x and t
+    own_rows = own_rows.to(x.device, non_blocking=True)
     loss = contrastive_loss(x, t, log_scale, own_rows)
     if gather:
         loss = loss * dist.get_world_size()
@@ -200,8 +204,11 @@ def contrastive_loss(x, t, log_scale, rows=slice(None)):
         t = F.normalize(_at_least_float32(t), dim=-1)
         scale = _at_least_float32(log_scale).exp()
         diagonal = torch.arange(len(x), device=x.device)[rows]
-        x_to_t = F.cross_entropy(scale * x[rows] @ t.T, diagonal, reduction="sum")
-        t_to_x = F.cross_entropy(scale * t[rows] @ x.T, diagonal, reduction="sum")
+        logits = scale * x[rows] @ t.T
+        is_whole = len(logits) == len(x)
+        transposed = logits.T if is_whole else scale * t[rows] @ x.T
+        x_to_t = F.cross_entropy(logits, diagonal, reduction="sum")
+        t_to_x = F.cross_entropy(transposed, diagonal, reduction="sum")
     return (x_to_t + t_to_x) / (2 * max(1, len(x)))
 
 
@@ -222,25 +229,16 @@ def gather_pairs(x, labels, priority):
     slots = torch.tensor(len(x), device=x.device)
     dist.all_reduce(slots, dist.ReduceOp.MAX)
     missing = int(slots) - len(x)
-    x = _AllGather.apply(F.pad(x, (0, 0, 0, missing)))
-    labels = _AllGather.apply(F.pad(labels, (0, missing), value=-1).to(x.device))
-    priority = _AllGather.apply(F.pad(priority, (0, missing)).to(x.device))
+    x = all_rows(F.pad(x, (0, 0, 0, missing)))
+    labels = all_rows(F.pad(labels, (0, missing), value=-1).to(x.device))
+    priority = all_rows(F.pad(priority, (0, missing)).to(x.device))
     is_own = torch.arange(len(x), device=x.device) // slots == dist.get_rank()
     return x, labels, priority, is_own
 
 
-class _AllGather(torch.autograd.Function):
-    """[S, ...] of each of R ranks -> [R * S, ...] on every rank, differentiable."""
-
-    @staticmethod
-    def forward(ctx, x):
-        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Every rank has used this rank's rows: their gradients are added up."""
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+def all_rows(x):
+    """[S, ...] of each of R ranks -> [R * S, ...] on every rank, with a graph."""
+    mesh = init_device_mesh(x.device.type, (dist.get_world_size(),))
+    rows_of_ranks = DTensor.from_local(x, mesh, [Shard(0)])
+    # Partial: every rank has used this rank's rows, and their gradients are added up.
+    return rows_of_ranks.full_tensor(grad_placements=[Partial()])

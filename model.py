@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
@@ -32,7 +33,6 @@ from transformers import (
 
 from adapter import Adapter
 from data import (
-    IGNORE,
     UserError,
     image_processor,
     prepare_tokenizer,
@@ -88,8 +88,8 @@ class SEAModel(nn.Module):
     def forward(
         self,
         input_ids,
-        attention_mask,
-        targets,
+        image_places,
+        trained,
         pixels,
         label_ids=None,
         label_scores=None,
@@ -98,37 +98,32 @@ class SEAModel(nn.Module):
     ):
         """A batch of data.collate -> dict of loss_g (Eq. 12) and, with labels, loss_a (Eq. 11).
 
-        input_ids, attention_mask, targets [B, L], pixels [images, 3, size, size], label_ids
-        and label_scores [B, m, n]. Also in the dict: tau; inputs [B, L, D], which is X_input
-        (Eq. 3) without a graph; is_image [B, L]; and with labels pairs and matched (see
-        loss.sea_loss).
+        input_ids [B, L], padded on the right, where causal attention never looks: it needs no mask.
+        image_places [images * m], trained [T], pixels [images, 3, size, size], label_ids and
+        label_scores [B, m, n]. Also in the dict: with labels pairs and matched (see loss.sea_loss)
+        and tau; without gradients inputs [B * L, D], which is X_input (Eq. 3).
 
         PAPER: L_g is a mean over the trained tokens. num_targets is what their sum is divided by,
         for a mean over several micro-batches and ranks; by default the number in this batch.
         sampling: window, generator and gather of loss.sea_loss.
         """
         visual_tokens = self.visual_tokens(pixels)  # Eq. 1
-        is_image = input_ids == self.image_token_id
         text = self.embed_tokens(input_ids)  # Eq. 2, with a row to be replaced for each <image>
-        inputs = text.masked_scatter(is_image.unsqueeze(-1), visual_tokens.to(text.dtype))  # Eq. 3
+        rows = visual_tokens.flatten(0, 1).to(text.dtype)
+        inputs = text.flatten(0, 1).index_copy(0, image_places, rows)  # Eq. 3
         decoder = self.llava.model.language_model
-        hidden = decoder(
-            inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        hidden = decoder(inputs_embeds=inputs.view_as(text), use_cache=False).last_hidden_state
 
-        # Position i predicts token i + 1. Positions without a target never meet the LM head.
-        next_targets = targets[:, 1:]
-        is_trained = next_targets != IGNORE
-        logits = self.llava.lm_head(hidden[:, :-1][is_trained])[:, : self.vocabulary_size]
-        total = F.cross_entropy(logits.float(), next_targets[is_trained], reduction="sum")
+        # Position i predicts token i + 1. Positions that predict nothing never meet the LM head.
+        predicting = hidden.flatten(0, 1)[trained - 1]
+        logits = self.llava.lm_head(predicting)[:, : self.vocabulary_size]
+        token_ids = input_ids.flatten()[trained]
+        total = F.cross_entropy(logits.float(), token_ids, reduction="sum")
         if num_targets is None:
-            num_targets = is_trained.sum().clamp(min=1)
-        out = {
-            "loss_g": total / num_targets,  # Eq. 12
-            "tau": (-self.log_scale.detach()).exp(),
-            "inputs": inputs.detach(),
-            "is_image": is_image,
-        }
+            num_targets = max(1, len(trained))
+        out = {"loss_g": total / num_targets}  # Eq. 12
+        if not torch.is_grad_enabled():
+            out["inputs"] = inputs  # in training it would be kept for nothing
 
         if label_ids is not None:
             out["loss_a"], counts = sea_loss(  # Eq. 9 to 11
@@ -140,7 +135,7 @@ class SEAModel(nn.Module):
                 self.grid,
                 **sampling,
             )
-            out.update(counts)
+            out.update(counts, tau=(-self.log_scale.detach()).exp())
         return out
 
     def visual_tokens(self, pixels):
@@ -148,7 +143,8 @@ class SEAModel(nn.Module):
 
         f is the output of the tower's second-to-last layer without the class token, as in LLaVA.
         """
-        if not len(pixels):
+        images = len(pixels)
+        if not images:
             # A batch of text only. A blank image keeps the adapter in the graph: ranks whose
             # adapter got no gradient would leave the others waiting for it.
             size = self.preprocess["size"]
@@ -156,7 +152,7 @@ class SEAModel(nn.Module):
         pixels = pixels.to(self.vision_tower.dtype)
         hidden = self.vision_tower(pixels, output_hidden_states=True).hidden_states
         features = hidden[self.llava.config.vision_feature_layer][:, -self.image_tokens :]
-        return self.adapter(features)
+        return self.adapter(features)[:images]
 
     def set_words(self, words):
         """Say which words the label ids stand for."""
@@ -168,9 +164,10 @@ class SEAModel(nn.Module):
         labels [N] -> [N, D].
         """
         rows = [self.word_token_ids[label] for label in labels.tolist()]
-        offsets = torch.tensor([0, *map(len, rows)], device=self.device).cumsum(0)[:-1]
+        offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
         token_ids = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
-        features = word_features(self.embed_tokens.weight, token_ids.to(self.device), offsets)
+        token_ids, offsets = (x.to(self.device, non_blocking=True) for x in (token_ids, offsets))
+        features = word_features(self.embed_tokens.weight, token_ids, offsets)
         return features * self.adapter.output_scale  # the embedding layer scales its rows alike
 
     @torch.no_grad()
@@ -399,20 +396,15 @@ def checkpoints(out_dir):
     return dict(sorted(steps.items()))
 
 
-def part_names(folder):
-    """What folder/adapter.safetensors says it was trained with: {vision, llm, image_mode}."""
-    with loading(folder), safe_open(folder / "adapter.safetensors", "pt") as file:
-        names = file.metadata()
-        return {name: names[name] for name in ("vision", "llm", "image_mode")}
-
-
 def load_adapter(folder, dtype):
     """A new model of the parts that folder/adapter.safetensors names, with its weights."""
-    names = part_names(folder)
-    model = new_model(names["vision"], names["llm"], dtype)
-    model.preprocess["mode"] = names["image_mode"]
+    file = folder / "adapter.safetensors"
     with loading(folder):
-        saved = load_file(folder / "adapter.safetensors")
+        with safe_open(file, "pt") as header:
+            names = header.metadata()
+        model = new_model(names["vision"], names["llm"], dtype)
+        model.preprocess["mode"] = names["image_mode"]
+        saved = load_file(file)
         model.log_scale.data.copy_(saved.pop("log_scale"))
         model.adapter.load_state_dict({k.removeprefix("adapter."): w for k, w in saved.items()})
     return model
@@ -428,7 +420,7 @@ def load_llava(name, dtype):
                 f"{name}: a {config.model_type}; neither one of our runs nor a Llava that reads "
                 f"one layer of {' or '.join(TOWERS)}"
             )
-        llava = load_weights(LlavaForConditionalGeneration, name, config, dtype)
+        llava = load_weights(AutoModelForImageTextToText, name, config, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
 
         projector = llava.model.multi_modal_projector.float()
@@ -468,7 +460,7 @@ def full_state(model):
 
 
 def save_adapter(folder, state, names):
-    """Write folder/adapter.safetensors: adapter_state, and in its header names for part_names."""
+    """Write folder/adapter.safetensors: adapter_state, and names in its header."""
     save_file(state, Path(folder) / "adapter.safetensors", metadata=names)
 
 

@@ -48,11 +48,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench import plan
 from data import (
-    IGNORE,
     LlavaDataset,
     UserError,
     add_flags,
-    append_json_line,
     cli,
     collate,
     load_samples,
@@ -64,6 +62,8 @@ from eval import alignment_sums
 from labels import (
     LabelStore,
     all_sum,
+    append_json_line,
+    barrier,
     file_crc,
     rank,
     rank_device,
@@ -295,7 +295,9 @@ class Run:
 def main(argv=None):
     cfg = parse_config(argv)
     if cfg.dry_run:
-        return plan(cfg, cfg.dry_run)
+        with torch.device("meta"):  # shapes without weights
+            model, dtype = build_model(cfg, torch.device("meta"))
+        return plan(cfg, model, dtype, cfg.dry_run)
     device = setup_distributed()
     if cfg.preset == "toy" and rank() == 0:
         import toy
@@ -376,14 +378,14 @@ def train(run, train_set, val_set, first_step, steps, signals):
         step = done + 1
         start = time.perf_counter()
         batches = [next(loader) for _ in range(cfg.grad_accum)]
-        metrics = train_step(run, batches, step)
+        metrics = train_step(run, batches, step, len(signals))
         seconds = time.perf_counter() - start
+        is_interrupted = metrics.pop("signals")
         metrics["samples_per_s"] = cfg.global_batch() / seconds
         metrics["positions_per_s"] = metrics.pop("positions") / seconds
         bar.update()
         if step % cfg.log_every == 0 or step == steps:
             log(metrics)
-        [is_interrupted] = all_sum([len(signals)], run.device)
         if is_interrupted or (cfg.save_every and step % cfg.save_every == 0):
             save_checkpoint(run, step)
         if is_interrupted:
@@ -391,21 +393,21 @@ def train(run, train_set, val_set, first_step, steps, signals):
     bar.close()
 
 
-def train_step(run, batches, step):
-    """One optimizer step over this rank's micro-batches -> metrics, of all ranks together."""
+def train_step(run, batches, step, signals=0):
+    """One optimizer step over this rank's micro-batches -> metrics, of all ranks together.
+
+    Metrics are the only thing a GPU is waited for, once.
+    """
     cfg = run.cfg
-    lr = run.schedule.get_last_lr()[0]
-    own_targets = sum((batch["targets"][:, 1:] != IGNORE).sum() for batch in batches)
-    [num_targets] = all_sum([own_targets], run.device)
-    if num_targets == 0:
-        raise UserError(f"step {step}: --max_length {cfg.max_length} cuts off all that is trained")
-    sums = collections.defaultdict(float)
+    targets = sum(len(batch["trained"]) for batch in batches)
+    [num_targets] = all_sum([targets], run.device)
+    sums = collections.defaultdict(float, signals=signals, targets=targets)
     samples = []
     for i, batch in enumerate(batches):
         index = batch.pop("index")
         samples += index
-        sums["positions"] += batch["attention_mask"].sum()
-        for name in ("input_ids", "attention_mask", "targets", "pixels"):  # not labels
+        sums["positions"] += int(batch.pop("attention_mask").sum())
+        for name in ("input_ids", "image_places", "trained", "pixels"):  # not labels
             batch[name] = batch[name].to(run.device, non_blocking=True)
 
         # DDP averages gradients in the last micro-batch only; FSDP in each.
@@ -422,35 +424,33 @@ def train_step(run, batches, step):
             # num_targets has averaged loss_g over the micro-batches. The baseline has no loss_a.
             loss_a = out.get("loss_a", 0) / len(batches)
             total_loss(out["loss_g"], loss_a, cfg.sea_weight).backward()
-        for name in ("loss_g", "loss_a", "pairs", "matched"):
-            sums[name] += torch.as_tensor(out.get(name, 0)).detach()
+        with torch.no_grad():
+            for name, value in out.items():
+                sums[name] += value
 
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_grad or math.inf)
-    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = dict(zip(sums, all_sum(sums.values(), run.device)))
-    loss_g = total["loss_g"] / world_size()
-    metrics = dict(
-        step=step, loss_g=loss_g, lr=lr, grad_norm=grad_norm, positions=total["positions"]
-    )
-    if cfg.sea_weight > 0:
-        metrics.update(
-            loss_a=total["loss_a"] / len(batches) / world_size(),
-            tau=float(out["tau"]),
-            pairs=int(total["pairs"]),
-            matched=total["matched"] / max(total["pairs"], 1),
-        )
-    if not math.isfinite(loss_g + metrics.get("loss_a", 0) + grad_norm):
+    sums["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    metrics = dict(zip(sums, all_sum(sums.values(), run.device).tolist()))
+    if metrics.pop("targets") == 0:
+        raise UserError(f"step {step}: --max_length {cfg.max_length} cuts off all that is trained")
+    n = world_size()
+    counts = dict(loss_g=n, grad_norm=n, loss_a=n * len(batches), tau=n * len(batches))
+    counts["matched"] = max(metrics.get("pairs", 0), 1)
+    for name in counts.keys() & metrics.keys():  # sums become means
+        metrics[name] /= counts[name]
+    if not math.isfinite(sum(metrics.values())):
         raise UserError(
-            f"loss or gradient is not finite: {metrics}, samples {samples}; lower --lr, or use "
-            "--dtype float32"
+            f"step {step}: loss or gradient is not finite: {metrics}, samples {samples}; lower "
+            "--lr, or use --dtype float32"
         )
+    metrics["lr"] = run.schedule.get_last_lr()[0]
 
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad()
     with torch.no_grad():
         run.model.log_scale.clamp_(max=math.log(100))  # PAPER: τ is kept above 0.01, as CLIP does
-    return metrics
+    return {"step": step} | metrics
 
 
 def sample_generators(seed, step, index):
@@ -515,11 +515,6 @@ def setup_distributed():
     return device
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def parallelize(cfg, model, dtype):
     """Compile, then shard (FSDP2) or copy (DDP) over the ranks -> the module to call.
 
@@ -546,7 +541,7 @@ def parallelize(cfg, model, dtype):
 
 def build_model(cfg, device):
     """-> the model, with float32 weights where it is trained, and the dtype of all else."""
-    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, cfg.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     torch.manual_seed(cfg.seed)
     is_pretrain = cfg.stage == "pretrain"
     if cfg.init:

@@ -52,6 +52,13 @@ def tiny_tokenizer(text):
     )
 
 
+def whole_input(model, input_ids, pixels, **_):
+    """X_input (Eq. 3) as model.forward gives it to the LLM: [B, L, D]."""
+    places = torch.where(input_ids.flatten() == model.image_token_id)[0]
+    inputs = model(input_ids, places, torch.arange(0), pixels)["inputs"]
+    return inputs.view(*input_ids.shape, -1)
+
+
 def pytest_collection_modifyitems(items):
     """The longest tests first: beside the others they cost no time of their own."""
     items.sort(key=lambda item: "real" not in item.keywords)

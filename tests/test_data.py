@@ -228,12 +228,14 @@ def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
 # batches
 
 
-def test_collate_pads_right_and_masks_by_length(tokenizer):
+def test_collate_pads_right_masks_by_length_and_finds_places(tokenizer):
     items = [
         dict(
             index=i,
             input_ids=torch.full((n,), tokenizer.pad_token_id),
-            targets=torch.arange(n),
+            attention_mask=torch.ones(n, dtype=torch.int64),
+            is_image=torch.arange(n) == 1,
+            targets=torch.arange(n).masked_fill(torch.arange(n) < 2, IGNORE),
             pixels=torch.zeros(3, 4, 4),
         )
         for i, n in enumerate((3, 5))
@@ -241,7 +243,8 @@ def test_collate_pads_right_and_masks_by_length(tokenizer):
     batch = collate(items, tokenizer.pad_token_id)
     # although every id is the pad token
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert batch["targets"].tolist() == [[0, 1, 2, IGNORE, IGNORE], [0, 1, 2, 3, 4]]
+    assert batch["image_places"].tolist() == [1, 6]
+    assert batch["trained"].tolist() == [2, 7, 8, 9]
     assert batch["index"] == [0, 1]
 
 

@@ -233,12 +233,13 @@ def check_item(item, sample, sea, is_caption, max_length):
     is_trained = targets != IGNORE
     is_image = ids == sea.image_token_id
     assert is_image.sum() == (IMAGE_TOKENS if "pixels" in item else 0)
+    assert (item["is_image"] == is_image).all() and not is_trained[0]
     assert not is_trained[is_image].any() and (targets == ids)[is_trained].all()
     assert len(ids) == len(targets) <= max_length
     if "pixels" in item:
         assert item["pixels"].shape == (3, SIZE, SIZE) and item["pixels"].isfinite().all()
     if max_length == UNCUT:
-        assert is_trained[1:].any(), "nothing is trained"
+        assert is_trained.any(), "nothing is trained"
         assert ("pixels" in item) == bool(data.image_of(sample))
         control = data.control_tokens(sea.tokenizer).keys()
         plain_ids, _ = data.encode_conversation(

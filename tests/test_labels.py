@@ -1433,16 +1433,9 @@ def test_words_reports_what_it_keeps_and_drops(tmp_path, capsys):
             f"{tmp_path}/extra.txt",
         ]
     )
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for line in [
-        "5 kept: dog, apple, cat, red-hot, zebra ...",
-        "4 rarer than 2: runs, stove, tail, tree ...",
-        "2 stop words: and, the ...",
-        "2 single letters: x, a ...",
-        f"2 more of {tmp_path}/extra.txt",
-        f"7 words in {tmp_path}/words.txt",
-    ]:
-        assert line.split() in lines
+    out = capsys.readouterr().out
+    assert f"5 of the 13 words of {tmp_path}/data.json: dog, apple, cat, red-hot, zebra ..." in out
+    assert f"7 words in {tmp_path}/words.txt" in out
 
 
 def test_words_of_any_language_and_possessives(tmp_path):
@@ -1514,7 +1507,8 @@ def test_a_tagger_leaves_nouns_adjectives_and_verbs(tmp_path, capsys):
         ]
     )
     assert read_words(tmp_path / "words.txt") == ["dog", "ran", "light", "red", "striped"]
-    assert "5 kept: dog, ran, light, red, striped ..." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "5 of the 5 words of " in out and ": dog, ran, light, red, striped ..." in out
 
 
 def test_a_tagger_that_is_not_there_is_refused(tmp_path):

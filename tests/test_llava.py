@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import llama3_tokenizer
+from conftest import llama3_tokenizer, whole_input
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -242,7 +242,7 @@ def assert_same(model, folder, parts, llm, exact=1e-4):
         "pixels": item["pixels"][None],
     }
     with torch.no_grad():
-        embeds = model(targets=torch.full_like(ids, IGNORE), **batch)["inputs"]
+        embeds = whole_input(model, **batch)
         ours = causal_lm(model, parts / llm)(inputs_embeds=embeds).logits[0]
         theirs = llava.eval()(**inputs).logits[0, :, : ours.shape[-1]]
         assert ours.std() > 0.1 and (ours - theirs).abs().max() < exact
@@ -353,7 +353,8 @@ def test_a_llava_model_of_other_settings_gives_its_own_logits(parts, tmp_path, f
     pixels = torch.randn(1, 3, 336, 336)
     with torch.no_grad():
         logits = theirs(ids, pixel_values=pixels).logits
-        out = model(ids, torch.ones_like(ids), targets, pixels)
+        places = torch.where(ids[0] == model.image_token_id)[0]
+        out = model(ids, places, torch.where(targets[0, 1:] != IGNORE)[0] + 1, pixels)
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], targets[0, 1:])
     assert loss == pytest.approx(out["loss_g"].item(), abs=1e-4)
 

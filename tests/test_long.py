@@ -15,8 +15,8 @@ def test_a_longer_run_needs_no_more_memory_or_files(flags, tmp_path, monkeypatch
     used = []
     train_step = train.train_step
 
-    def watched(run, batches, step):
-        metrics = train_step(run, batches, step)
+    def watched(*args):
+        metrics = train_step(*args)
         pages = int((PROC / "statm").read_text().split()[1])
         used.append((pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(PROC / "fd"))))
         return metrics

@@ -52,8 +52,8 @@ def test_the_loss_in_a_trainer_of_ones_own(world, labels, tmp_path, monkeypatch)
     torch.manual_seed(0)
     out = model(
         ids,
-        torch.ones_like(ids),
-        ids.masked_fill(ids == model.image_token_id, -100),
+        torch.where(ids.flatten() == model.image_token_id)[0],
+        torch.arange(0),
         pixels,
         torch.stack([label_ids for label_ids, _ in rows]),
         torch.stack([label_scores for _, label_scores in rows]),

@@ -12,6 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import whole_input
 from PIL import Image
 from safetensors.torch import save_file
 from test_train import metrics
@@ -198,7 +199,7 @@ def same_answers(model, folder, photo):
     llm = AutoModelForCausalLM.from_config(model.llava.config.text_config, dtype=torch.float32)
     llm.eval().model.load_state_dict(model.llava.model.language_model.state_dict())
     with torch.no_grad():
-        embeds = model.eval()(targets=torch.full_like(ids, IGNORE), **batch)["inputs"]
+        embeds = whole_input(model.eval(), **batch)
         ours = llm(inputs_embeds=embeds).logits
         theirs = llava(**inputs).logits
         # logits of up to 100, and the √D in the exported projector is rounded anew
