@@ -47,11 +47,14 @@ from figures import draw_curves, draw_radar, draw_tsne, draw_words, history, rea
 from labels import (
     all_sum,
     append_json_line,
+    nearest_words,
     rank,
     rank_device,
     read_words,
     true_share,
+    with_words,
     world_size,
+    write_file,
 )
 from model import find_model, load_model
 
@@ -77,9 +80,8 @@ def modality_gap(x_v, word_features):
 
 def nearest_word(x_v, word_features):
     """Index of the word closest in cosine to each visual token (Eq. 4). [P, D], [q, D] -> [P]."""
-    words = F.normalize(word_features.float())
-    parts = x_v.float().split(1024)  # [P, q] cosines at once would not fit in memory
-    return torch.cat([(F.normalize(part) @ words.T).argmax(1) for part in parts])
+    ids, _ = nearest_words(F.normalize(x_v.float()), F.normalize(word_features.float()), 1, 1, -2)
+    return ids[:, 0]
 
 
 @torch.no_grad()
@@ -235,30 +237,31 @@ def eval_words(
     data: str = "",
     image_folder: str = "",
     samples: int = 100,
-    images: int = 2,
-    out: str = "words.png",
+    images: int = 20,
+    out: str = "words.html",
 ):
     """Nearest word of every visual token, as in Figure 1a: the shares of the most frequent words.
 
     words, data and image_folder are by default those of --model, for the baseline too. truth: a
-    truth.json, for the share of true words. out: a picture with a row for each of the first
-    `images` images: without words, with those of the baseline, and with those of the model.
+    truth.json, for the share of true words. out: a web page with the first `images` images, and the
+    ten nearest words of each visual token, baseline and model side by side.
     """
     runs = [find_run(path) for path in (baseline, model) if path]
     word_list = find_words(runs[-1], words)
     data, image_folder = find_captions(runs[-1], data, image_folder)
-    words_of_runs = []  # of each run, for each image, the words of its patches
+    labels_of_runs = {}
     for run in runs:
         sea, captions = open_captions(run, data, image_folder, samples)
-        nearest = nearest_word(encode_images(sea, captions), encode_words(sea, word_list))
-        found = np.array(word_list)[nearest.view(len(captions), -1).cpu()].tolist()  # [images][m]
-        words_of_runs.append(found)
+        files = [sample["image"] for sample in captions.samples]
+        x_v = F.normalize(encode_images(sea, captions))
+        ids, scores = nearest_words(x_v, F.normalize(encode_words(sea, word_list)), 10, 1, -2)
+        shape = (len(files), -1, 10)
+        labels_of_runs[run.path] = with_words(files, word_list, ids.view(shape), scores.view(shape))
 
-        counts = collections.Counter(itertools.chain(*found)).most_common(8)
-        result = {"words": {word: round(n / nearest.numel(), 3) for word, n in counts}}
+        counts = collections.Counter(ids[:, 0].tolist()).most_common(8)
+        result = {"words": {word_list[i]: round(n / len(ids), 3) for i, n in counts}}
         if truth:
-            files = [sample["image"] for sample in captions.samples]
-            result["true"] = true_share(truth, dict(zip(files, found)))
+            result["true"] = true_share(truth, labels_of_runs[run.path])
         print(run.path)
         save_result(run, result)
 
@@ -266,11 +269,10 @@ def eval_words(
     unscaled = sea.preprocess | {"mean": (0, 0, 0), "std": (1, 1, 1)}
     captions = dataclasses.replace(captions, preprocess=unscaled)
     pictures = []
-    for i in range(min(images, len(captions))):
-        pixels = captions[i]["pixels"]
-        pictures.append((pixels, []))
-        pictures += [(pixels, words_of_images[i]) for words_of_images in words_of_runs]
-    draw_words(pictures, sea.grid, 1 + len(words_of_runs), out)
+    for i, file in enumerate(files[:images]):
+        panels = {path: labels_of[file] for path, labels_of in labels_of_runs.items()}
+        pictures.append((file, captions[i]["pixels"], panels))
+    draw_words(pictures, sea.grid, out)
     return result
 
 
@@ -445,8 +447,7 @@ def eval_vqa(
         for group in (kind, "all"):
             scores[group].append(right)
     if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text("".join(json.dumps(question) + "\n" for question in questions))
+        write_file(Path(out), "".join(json.dumps(question) + "\n" for question in questions))
     shares = {kind: np.mean(rights) for kind, rights in scores.items()}
     return save_result(run, {Path(data).stem: shares})
 

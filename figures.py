@@ -1,10 +1,12 @@
 """Every picture, and the histories of training runs that curves and radars are drawn from.
 
-draw_words needs only Pillow. The others need matplotlib, and draw_tsne scikit-learn; they are
-imported where they are used.
+draw_words writes a web page and needs no other package. The others need matplotlib, and draw_tsne
+scikit-learn; they are imported where they are used.
 """
 
+import base64
 import collections
+import io
 import json
 import math
 import re
@@ -12,70 +14,151 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import to_pil_image, to_tensor
-from torchvision.utils import save_image
+from PIL import ImageColor
+from torchvision.transforms.functional import to_pil_image
 
 from data import UserError, read_json_lines
 
 # ------------------------------------------------------------------------------- words over patches
 
-# Colours of the most frequent words of a sheet, the most frequent first.
-PALETTE = (
-    "#ff0000 #00d000 #0040ff #ffe000 #ff00ff #00e0ff #ff8000 #8000ff #006000 #a0ff00 #ff80c0 "
-    "#008080 #804000 #0000a0 #ffb060 #a00060 #00ffa0 #80a0ff #808000 #c060ff"
-)
+# Colors of the most frequent words that are not the name of a color, the most frequent first.
+PALETTE = """
+    #42d4f4 #f58231 #f032e6 #9a6324 #469990 #bfef45 #fabed4 #dcbeff #aaffc3 #808000 #4363d8 #e6194b
+    #911eb4 #3cb44b #800000 #000075 #ffd8b1 #fffac8 #ffe119 #00a0a0
+"""
 GREY = "#808080"  # of all other words
-CELL = 48  # pixels along the side of a patch: room for a word
 
 
-def draw_words(pictures, grid, columns, file):
-    """A sheet of pictures in `columns` columns, each patch in the colour of its word (Figure 1a).
+def draw_words(images, grid, file):
+    """Patches in the colors of their words (Figure 1a): a web page in one file, for any browser.
 
-    pictures: pairs of pixels [3, S, S] in 0..1 and a list of m words, "" for a patch without one.
-    An empty list leaves the image plain. grid: (H, W) patches.
+    images: triples of a name, pixels [3, S, S] in 0..1, and panels {title: the labels of each
+    patch}, as of labels.with_words. grid: (H, W) patches.
     """
-    counts = collections.Counter(word for _, words in pictures for word in words if word)
-    by_frequency = sorted(counts, key=counts.get, reverse=True)
-    colors = collections.defaultdict(lambda: GREY, zip(by_frequency, PALETTE.split()))
-    tiles = [draw_tile(pixels, words, grid, colors) for pixels, words in pictures]
-    save_image(tiles, file, nrow=columns, padding=12, pad_value=1, format="png")
-    print(f"wrote {file}")
+    counts = collections.Counter()
+    for _, _, panels in images:
+        for patches in panels.values():
+            counts.update(labels[0][0] for labels in patches if labels)
+    names = ImageColor.colormap  # a word that is a color gets that color
+    palette = (color for color in PALETTE.split() if color not in map(names.get, counts))
+    colors = {word: names.get(word) or next(palette, GREY) for word, _ in counts.most_common()}
+
+    shown = []
+    for name, pixels, panels in images:
+        png = io.BytesIO()
+        to_pil_image(pixels.clamp(0, 1)).save(png, "PNG")
+        picture = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        shown.append({"name": name, "picture": picture, "panels": panels})
+    content = json.dumps({"grid": grid, "colors": colors, "images": shown})
+    content = content.replace("<", r"\u003c")  # no word ends the script
+    page = Path(file).with_suffix(".html")
+    page.write_text(PAGE.replace("DATA", content))
+    print(f"wrote {page}")
 
 
-def draw_tile(pixels, words, grid, colors):
-    """One picture, and below it a legend: its W most frequent words and their counts."""
-    H, W = grid
-    image = to_pil_image(pixels.clamp(0, 1)).resize((W * CELL, H * CELL), Image.Resampling.LANCZOS)
-    tile = Image.new("RGB", (W * CELL, (H + 1) * CELL + 8), "white")
-    tile.paste(image.convert("L") if words else image)  # grey below the colors of words
-    draw = ImageDraw.Draw(tile, "RGBA")
+PAGE = r"""<!doctype html>
+<meta charset="utf-8">
+<title>Words of patches</title>
+<style>
+  body { font: 14px sans-serif; margin: 16px; color: #222 }
+  #panels { display: flex; gap: 16px; align-items: flex-start }
+  .panel { flex: 1; max-width: 640px; min-width: 0 }
+  .image { position: relative }
+  .image img { width: 100%; display: block; image-rendering: pixelated }
+  .words img { filter: grayscale(1) }
+  .patches { position: absolute; inset: 0; display: grid }
+  .patches div { display: flex; align-items: center; justify-content: center; overflow: hidden;
+    font-size: 11px; color: white; text-shadow: 0 0 2px black, 0 0 2px black; cursor: pointer }
+  .patches div.here { outline: 2px solid black; outline-offset: -2px; z-index: 1 }
+  .word { display: inline-block; margin: 2px; padding: 1px 5px; border-left: 12px solid;
+    background: #e8e8e8; cursor: pointer }
+  .word.chosen { outline: 2px solid black }
+  .labels { min-height: 5em }
+</style>
+<p>
+  <input id="slider" type="range" min="0" value="0"> <b id="name"></b><br>
+  Hover over a patch to see its words and their scores. Click it, or a word, to light up all patches
+  that have the word; click again for all words.
+</p>
+<div id="panels"></div>
+<script>
+const data = DATA;
+const [H, W] = data.grid;
+const slider = document.getElementById("slider");
+let chosen = "";  // the word whose patches are lit
+let here = 0;  // the patch whose labels are listed
+slider.max = data.images.length - 1;
+slider.oninput = show;
 
-    for patch, word in enumerate(words):
-        if word:
-            row, column = divmod(patch, W)
-            draw_cell(draw, column * CELL, row * CELL, word, colors[word])
-    legend = collections.Counter(filter(None, words)).most_common(W)
-    for column, (word, count) in enumerate(legend):
-        draw_cell(draw, column * CELL, H * CELL + 8, f"{word}\n{count}", colors[word])
-    return to_tensor(tile)
+function add(parent, className, text = "", tag = "div") {
+  const element = parent.appendChild(document.createElement(tag));
+  element.className = className;
+  element.textContent = text;
+  return element;
+}
 
+function choose(word) {
+  chosen = chosen === word ? "" : word;
+  show();
+}
 
-def draw_cell(draw, left, top, text, color):
-    """A square of CELL pixels in a transparent color, with text in the middle."""
-    draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), color + "64")  # hex: 40 % opaque
-    word = text.split("\n")[0]
-    draw.text(
-        (left + CELL / 2, top + CELL / 2),
-        text,
-        "white",
-        ImageFont.load_default(min(CELL / 4, 1.7 * CELL / len(word))),  # long words are small
-        anchor="mm",
-        align="center",
-        stroke_width=1,
-        stroke_fill="black",
-    )
+function addWord(parent, word, number) {
+  const element = add(parent, "word", `${word} ${number}`, "span");
+  element.classList.toggle("chosen", word === chosen);
+  element.style.borderColor = data.colors[word] || "#808080";
+  element.onclick = () => choose(word);
+}
 
+function showLabels(patch) {
+  here = patch;
+  for (const panel of document.querySelectorAll(".words")) {
+    panel.querySelector(".here")?.classList.remove("here");
+    panel.querySelectorAll(".patches div")[patch].classList.add("here");
+    const labels = panel.querySelector(".labels");
+    labels.textContent = `Row ${Math.floor(patch / W)}, column ${patch % W}: `;
+    for (const [word, score] of panel.patches[patch]) addWord(labels, word, score.toFixed(3));
+    if (!panel.patches[patch].length) labels.append("no label");
+  }
+}
+
+function addPanel(image, title, patches) {
+  const panel = add(document.getElementById("panels"), patches ? "panel words" : "panel");
+  add(panel, "", title);
+  const picture = add(panel, "image");
+  add(picture, "", "", "img").src = image.picture;
+  if (!patches) return;
+  panel.patches = patches;
+  const grid = add(picture, "patches");
+  grid.style.gridTemplate = `repeat(${H}, 1fr) / repeat(${W}, 1fr)`;
+  const counts = {};
+  patches.forEach((labels, patch) => {
+    const top = labels.length ? labels[0][0] : "";
+    const isLit = chosen ? labels.some(([word]) => word === chosen) : top;
+    if (top) counts[top] = (counts[top] || 0) + 1;
+    const cell = add(grid, "", isLit && W <= 12 ? chosen || top : "");
+    const color = data.colors[chosen || top] || "#808080";
+    if (isLit) cell.style.background = color + (chosen === top ? "d0" : "60");
+    cell.onmouseenter = () => showLabels(patch);
+    cell.onclick = () => choose(top);
+  });
+  add(panel, "labels");
+  add(panel, "", "Most frequent top words:");
+  const byCount = Object.entries(counts).sort((a, b) => b[1] - a[1]);
+  for (const [word, count] of byCount.slice(0, 30)) addWord(panel, word, count);
+}
+
+function show() {
+  const image = data.images[slider.value];
+  document.getElementById("name").textContent = image.name;
+  document.getElementById("panels").textContent = "";
+  addPanel(image, "image");
+  for (const [title, patches] of Object.entries(image.panels)) addPanel(image, title, patches);
+  showLabels(here);
+}
+
+show();
+</script>
+"""
 
 # ------------------------------------------------------------------------ measures of training runs
 

@@ -2,7 +2,7 @@
 
     python labels.py words   --data train.json --out words.txt
     python labels.py extract --data train.json --image_folder images --words words.txt --out labels
-    python labels.py show    --labels labels --out labels.png
+    python labels.py show    --labels labels --out labels.html
 
 `torchrun --nproc_per_node=8 -- labels.py extract ...` divides the images among processes; several
 nodes need a shared filesystem. (The -- keeps torchrun from reading --n as its own flag.) Training
@@ -625,7 +625,6 @@ def extract(
     center: bool = False,
     n: int = 10,
     min_score: float = 0.0,
-    mass: float = 1.0,
     batch_size: int = 32,
     workers: int = 4,
     shard: int = 256,
@@ -637,12 +636,14 @@ def extract(
     patches are read; by default `last` for OpenAI's weights, as in the paper, unless they come as a
     folder; for all others `value`, or the only path they have. sign: by default 1, but -1 for
     `last` unless the tower averages its patches. center: subtract the mean word from all
-    words. n: labels per patch, at most. mass: if below 1, keep a patch's best labels only until
-    they hold this share of the probability among its n. shard: images per file, the most work an
-    interruption can lose. dtype: by default bfloat16 on a GPU.
+    words. n: labels per patch, at most. shard: images per file, the most work an interruption can
+    lose. dtype: by default bfloat16 on a GPU.
     """
     settings = dict(locals())
-    _check_flags(**settings)
+    if min_score < 0:
+        raise UserError("--min_score must not be negative: scores become probabilities (Eq. 9)")
+    if "{}" not in prompt:
+        raise UserError(f"--prompt {prompt!r} has no {{}} for the word")
     _use_full_precision()  # before the encoder's first batch, so that all are computed alike
 
     samples = load_samples(data)
@@ -667,17 +668,6 @@ def extract(
     for k in tqdm(missing, f"labelling (rank 0 of {world_size()})", disable=rank() > 0):
         records = list(itertools.islice(labelled_images, len(shards[k])))
         write_file(files[k], np.array(records, record_dtype))  # in uint16, -1 becomes 65535
-
-
-def _check_flags(prompt, n, min_score, mass, batch_size, shard, **_):
-    """Refuse at once what would fail late, or not at all."""
-    if not min_score >= 0 or not 0 < mass <= 1 or min(n, batch_size, shard) < 1:
-        raise UserError(
-            "--min_score must not be negative (scores become sampling probabilities, Eq. 9), "
-            "--mass must be above 0 and at most 1, --n, --batch_size and --shard at least 1"
-        )
-    if "{}" not in prompt:
-        raise UserError(f"--prompt {prompt!r} has no {{}} for the word")
 
 
 def _resolve(settings, samples, words, clip):
@@ -743,8 +733,6 @@ def _label(folder, meta, clip, samples, batches, workers=0):
         ids, scores = nearest_words(
             patches.flatten(0, 1), word_embeds, meta["n"], meta["sign"], meta["min_score"]
         )
-        if meta["mass"] < 1:
-            ids, scores = most_likely(ids, scores, meta["mass"], clip.logit_scale.exp())
         batch_shape = patches.shape[:2]  # B, m
         ids = ids.unflatten(0, batch_shape).cpu().numpy()
         yield ids, scores.unflatten(0, batch_shape).cpu().numpy(), crcs
@@ -758,26 +746,13 @@ def _load_images(meta, samples):
     return torch.stack([geometry(image, **preprocess) for image in images]), crcs
 
 
-def most_likely(ids, scores, mass, scale):
-    """Beyond the paper: keep the fewest labels that hold the share `mass` of the probability among
-    a patch's n labels, softmax(scale * score): few where CLIP is sure, many where it is not.
-
-    ids, scores [P, n] as nearest_words returns them -> the same, the other labels cleared.
-    """
-    logits = (scale * scores).masked_fill(ids < 0, -torch.inf)
-    probability = torch.softmax(logits, dim=-1)
-    held_before = probability.cumsum(-1) - probability
-    cleared = held_before >= mass  # False for NaN, that is for a patch without labels
-    return ids.masked_fill(cleared, -1), scores.masked_fill(cleared, 0)
-
-
 # --------------------------------------------------------------------------------------------- show
 
 
 def show(
     labels: str,
-    out: str = "labels.png",
-    images: int = 4,
+    out: str = "labels.html",
+    images: int = 20,
     truth: str = "",
     data: str = "",
     image_folder: str = "",
@@ -796,36 +771,39 @@ def show(
     _read_meta(store.folder, manifest=_manifest(samples))
     meta["image_folder"] = image_folder or meta["image_folder"]
     rows, ids, scores = store.sample()
-    top_words = _top_words(samples, rows, store.words, ids)
+    files = [samples[row]["image"] for row in rows]
+    labels_of = with_words(files, store.words, ids, scores)
 
-    _print_statistics(store, ids, scores, itertools.chain(*top_words.values()))
+    _print_statistics(store, ids, scores, labels_of)
 
     pictures = []
-    for i in rows[:: math.ceil(len(rows) / images)]:
-        name = samples[i]["image"]
-        image, _ = read_image(Path(meta["image_folder"]) / name)
+    for file in files[:: math.ceil(len(files) / images)]:
+        image, _ = read_image(Path(meta["image_folder"]) / file)
         pixels = geometry(image, meta["size"], meta["mode"], mean=(0, 0, 0), std=(1, 1, 1))
-        pictures += [(pixels, []), (pixels, top_words[name])]
-    draw_words(pictures, meta["grid"], min(4, len(pictures)), out)
+        pictures.append((file, pixels, {"labels": labels_of[file]}))
+    draw_words(pictures, meta["grid"], out)
 
     if truth:
         print("share of patches whose top word is true")
         trials = _try_paths(store, samples, rows)
-        for name, top_ids in itertools.chain([("these labels", ids)], trials):
-            shares = true_share(truth, _top_words(samples, rows, store.words, top_ids))
+        for name, *trial in itertools.chain([("these labels", ids, scores)], trials):
+            shares = true_share(truth, with_words(files, store.words, *trial))
             shares = [f"{kind} {share:.3f}" for kind, share in shares.items()]
             print(f"{name:>16}: {', '.join(shares)}")
 
 
-def _top_words(samples, rows, words, ids):
-    """ids [images, m, n] -> {image: the word of highest score of each patch, "" for no label}."""
-    top_words = {}
-    for row, image_ids in zip(rows, ids[..., 0].tolist()):
-        top_words[samples[row]["image"]] = [words[i] if i >= 0 else "" for i in image_ids]
-    return top_words
+def with_words(files, words, ids, scores):
+    """ids, scores [images, m, n] -> {file: of each of its m patches a list of (word, score)}."""
+    labels_of = {}
+    for file, image_ids, image_scores in zip(files, ids.tolist(), scores.tolist()):
+        labels_of[file] = []
+        for patch in zip(image_ids, image_scores):
+            pairs = [(words[i], round(score, 3)) for i, score in zip(*patch) if i >= 0]
+            labels_of[file].append(pairs)
+    return labels_of
 
 
-def _print_statistics(store, ids, scores, top_words):
+def _print_statistics(store, ids, scores, labels_of):
     """How many labels there are, how high they score, which words they are."""
     is_label = (ids >= 0).float()
     print(
@@ -837,7 +815,8 @@ def _print_statistics(store, ids, scores, top_words):
     for share, low, high in zip(heights / max(1, heights.sum()), edges, edges[1:]):
         print(f"  score {low:.3f} to {high:.3f} {share:6.1%} {'#' * round(50 * share)}")
 
-    counts = collections.Counter(filter(None, top_words))
+    patches = itertools.chain(*labels_of.values())
+    counts = collections.Counter(labels[0][0] for labels in patches if labels)
     shares = {word: count / counts.total() for word, count in counts.most_common()}
     bits = sum(share * math.log2(1 / share) for share in shares.values())
     often = [f"{word} {share:.1%}" for word, share in shares.items()]
@@ -854,28 +833,30 @@ def _print_statistics(store, ids, scores, top_words):
 
 
 def _try_paths(store, samples, rows):
-    """Yield (name, ids [images, m, 1]) for each path and sign that the encoder has."""
+    """Yield (name, ids, scores), both [images, m, 1], for each path and sign of the encoder."""
     clip = load_encoder(store.meta["encoder"], rank_device())
     _read_meta(store.folder, weights=weights_crc(clip))
     batches = np.array_split(rows, math.ceil(len(rows) / 32))
     for path, sign in itertools.product(patch_paths(clip), (1, -1)):
-        trial = store.meta | dict(path=path, sign=sign, n=1, mass=1.0)
-        labelled = _label(store.folder, trial, clip, samples, batches)
-        yield f"{path}, sign {sign:+}", np.concatenate([ids for ids, _, _ in labelled])
+        trial = store.meta | dict(path=path, sign=sign, n=1)
+        ids, scores, _ = zip(*_label(store.folder, trial, clip, samples, batches))
+        yield f"{path}, sign {sign:+}", np.concatenate(ids), np.concatenate(scores)
 
 
-def true_share(truth, words_of):
-    """Share of the judged patches whose word is true -> {kind: share, ..., "all": share}.
+def true_share(truth, labels_of):
+    """Share of the judged patches whose top word is true -> {kind: share, ..., "all": share}.
 
-    words_of: {image: the words of its m patches}. truth: a JSON file {image: {kind: {patch: [true
+    labels_of: of with_words. truth: a JSON file {image: {kind: {patch: [true
     words]}}}, as toy.py writes it.
     """
     hits = collections.defaultdict(list)
     try:
         truth_of = json.loads(Path(truth).read_text())
-        for image, words in words_of.items():
+        for image, labels in labels_of.items():
             for kind, patches in truth_of[image].items():
-                hits[kind] += [words[int(at)] in accepted for at, accepted in patches.items()]
+                for patch, accepted in patches.items():
+                    top_word = [word for word, _ in labels[int(patch)]][:1]
+                    hits[kind].append(not set(top_word).isdisjoint(accepted))
     except Exception as e:  # any other shape
         raise UserError(f"--truth {truth}: not a truth file of these images ({e!r})"[:300]) from e
     hits["all"] = sum(hits.values(), [])

@@ -621,7 +621,7 @@ PRETRAIN = """\
 train --preset toy --seed {seed} --out_dir '{run}/pretrain' {flags}
 eval tacs --model '{run}/pretrain' --samples 250
 eval gap --model '{run}/pretrain' --samples 250
-eval words --model '{run}/pretrain' --samples 250 --truth toy/truth.json --out '{run}/words.png'
+eval words --model '{run}/pretrain' --samples 250 --truth toy/truth.json --out '{run}/words.html'
 eval pope --model '{run}/pretrain/checkpoints/step_60' --data toy/pope {common}
 eval pope --model '{run}/pretrain/checkpoints/step_120' --data toy/pope {common}
 eval pope --model '{run}/pretrain/checkpoints/step_180' --data toy/pope {common}
@@ -641,7 +641,6 @@ VARIANTS = {  # flags of stage 1
     "SEA": "--labels toy/labels",
     "SEA_truth": "--labels toy/labels_truth",
     "SEA_n10": "--labels toy/labels_n10",
-    "SEA_mass0.5": "--labels toy/labels_mass0.5",
 }
 BOTH_STAGES = ("baseline", "SEA", "SEA_truth")
 
@@ -657,7 +656,6 @@ def report(seeds: int = 3, out: Path = Path("out/report")):
 
     ensure()
     label("labels_n10", n=10)
-    label("labels_mass0.5", n=10, mass=0.5)
     true_labels()
 
     scripts = {}
@@ -747,7 +745,7 @@ def summarize(seeds, out):
     sea = f"{out}/SEA_0/pretrain"
     groups = {"baseline": token_groups(find_run(baseline)), "SEA": token_groups(find_run(sea))}
     draw_tsne(groups, figures / "tsne.png")
-    eval_words(sea, baseline, samples=2, out=f"{figures}/words.png")
+    eval_words(sea, baseline, out=f"{figures}/words.html")
 
 
 def print_table(runs, measures):

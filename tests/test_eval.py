@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -98,22 +99,22 @@ def test_the_three_commands_on_an_out_dir_a_model_and_a_checkpoint(run, tmp_path
         "--samples",
         "4",
     ]
-    frequent = evaluation.main([*flags, "--out", str(tmp_path / "w.png")])["words"]
+    frequent = evaluation.main([*flags, "--out", str(tmp_path / "w.html")])["words"]
     shares = {}
     for word in frequent:  # let it be what every patch shows
         truth = {f"{i}.png": {"patches": {str(p): [word] for p in range(25)}} for i in range(4)}
         (tmp_path / "truth.json").write_text(json.dumps(truth))
         words = evaluation.main(
-            [*flags, "--truth", str(tmp_path / "truth.json"), "--out", str(tmp_path / "w.png")]
+            [*flags, "--truth", str(tmp_path / "truth.json"), "--out", str(tmp_path / "w.html")]
         )
         shares[word] = words["true"]["patches"]
     assert shares == pytest.approx(frequent, abs=6e-4) and sum(shares.values()) > 0.5
     recorded = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     assert recorded[-1] == {"step": 6} | words and recorded[-2]["step"] == 3
     assert recorded[-2]["words"] != words["words"]  # the baseline's
-    # Two rows of an image alone, with the baseline's words, and with those of SEA; a legend below.
-    with Image.open(tmp_path / "w.png") as sheet:
-        assert sheet.size == (3 * (5 * 48 + 12) + 12, 2 * (6 * 48 + 8 + 12) + 12)
+    page = (tmp_path / "w.html").read_text()
+    data = json.loads(re.search("const data = (.*);\n", page)[1])
+    assert len(data["images"]) == 4 and len(data["images"][0]["panels"]) == 2
 
 
 def test_alignment_is_that_of_the_captions_own_tokens_and_of_the_words(run, world, tmp_path):
@@ -161,7 +162,7 @@ def test_alignment_is_that_of_the_captions_own_tokens_and_of_the_words(run, worl
         D_of_unit_vectors=gap(unit(visual), unit(word_features)),
     )
     assert evaluation.main(["gap", *flags]) == pytest.approx(expected, rel=1e-4)
-    shares = evaluation.main(["words", *flags, "--out", str(tmp_path / "w.png")])["words"]
+    shares = evaluation.main(["words", *flags, "--out", str(tmp_path / "w.html")])["words"]
     expected = {name: names.count(name) / len(names) for name in shares}
     assert shares == pytest.approx(expected, abs=6e-4)
 
@@ -595,6 +596,10 @@ def test_words_of_two_runs_are_those_of_the_same_images(run, world, tmp_path, mo
     for baseline in (run, other):
         flags = ["--model", str(run), "--baseline", str(baseline), "--samples", "3"]
         evaluation.main(["words", *flags])
-    for picture, same in zip(*drawn):
-        assert torch.equal(picture[0], same[0]) and picture[1] == same[1]
-    assert len(drawn[0]) == len(drawn[1]) == 2 * 3
+    for (name, pixels, panels), (same_name, same_pixels, others) in zip(*drawn):
+        assert name == same_name and torch.equal(pixels, same_pixels)
+        assert list(others) == [str(other), str(run)]
+        assert panels[str(run)] == others[str(run)] == others[str(other)]
+        assert len(panels[str(run)]) == 25
+        assert all(len(labels) == 10 for labels in panels[str(run)])
+    assert len(drawn[0]) == len(drawn[1]) == 3

@@ -1,5 +1,7 @@
 """What pictures show, read back from pixels and axes, and the histories they are drawn from."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -21,70 +23,81 @@ from figures import draw_curves, draw_radar, draw_tsne, draw_words, history
 # ------------------------------------------------------------------------------- words over patches
 
 
-def test_each_patch_has_the_colour_of_its_word(tmp_path):
-    """A red and a blue image of 2 x 2 patches, each alone and beside its words."""
-    side = figures.CELL
-    step = 2 * side + 12  # from one picture to the next
-    images = [((255, 0, 0), 76), ((0, 0, 255), 29)]  # and the luminance of that colour
-    words = [["sky", "wall", "wall", ""], ["door", "door", "", "wall"]]
-    pictures = []
-    for (color, _), of_patches in zip(images, words):
-        pixels = torch.tensor(color).float().view(3, 1, 1).expand(3, 30, 30) / 255
-        pictures += [(pixels, []), (pixels, of_patches)]
-    draw_words(pictures, (2, 2), 4, tmp_path / "out.png")
-    sheet = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")).astype(int)
-    assert sheet.shape == (12 + 3 * side + 8 + 12, 12 + 4 * step, 3)
-    assert (sheet[:12] == 255).all() and (sheet[:, step : step + 12] == 255).all()
-
-    tints = {}
-    for k, ((color, grey), of_patches) in enumerate(zip(images, words)):
-        plain = sheet[12:, 12 + 2 * k * step :][:, : 2 * side]
-        assert (np.abs(plain[: 2 * side] - color) <= 1).all()
-        assert (plain[2 * side :] == 255).all()  # no legend
-        named = sheet[12:, 12 + (2 * k + 1) * step :][:, : 2 * side]
-        for patch, word in enumerate(of_patches):
-            cell = named[patch // 2 * side :, patch % 2 * side :][:side, :side]
-            if not word:
-                assert (np.abs(cell - grey) <= 1).all()
-                continue
-            tint = (cell[1, 1] - grey * (1 - 100 / 255)) * 255 / 100  # of 100 / 255 opacity
-            assert np.abs(tints.setdefault(word, tint) - tint).max() <= 5  # in both pictures
-            assert (np.abs(cell[:6] - cell[1, 1]) <= 1).all()
-            assert (np.abs(cell - cell[1, 1]) > 50).any()  # the word is written there
-
-        assert (named[2 * side : 2 * side + 8] == 255).all()
-        legend = named[2 * side + 8 :]
-        by_count = sorted(set(of_patches) - {""}, key=of_patches.count, reverse=True)
-        for i, word in enumerate(by_count):
-            tint = (legend[1, i * side + 1] - 255 * (1 - 100 / 255)) * 255 / 100
-            assert np.abs(tint - tints[word]).max() <= 5
-    assert len({tuple((tint / 20).round()) for tint in tints.values()}) == 3
+@pytest.fixture
+def page(tmp_path):
+    """A page of a red and a blue image of 2 x 2 patches with two panels -> its file."""
+    images = []
+    for name, color in ("a.png", (1.0, 0, 0)), ("b.png", (0, 0, 1.0)):
+        pixels = torch.tensor(color).view(3, 1, 1).expand(3, 30, 30)
+        sky = [[("sky", 0.9), ("blue", 0.5)], [("blue", 0.4)], [], [("sky", 0.3)]]
+        wall = [[("</script>", 0.2)], [("blue", 0.1), ("sky", 0.1)], [], []]
+        images.append((name, pixels, {"baseline": sky, "SEA": wall}))
+    draw_words(images, (2, 2), tmp_path / "out.html")
+    return tmp_path / "out.html"
 
 
-def test_rare_words_are_grey_and_words_fit_their_patch(tmp_path):
-    many = [f"word{i}" for i in range(24)] * 2 + ["x" * 40]
-    draw_words([(torch.zeros(3, 49, 49), many)], (7, 7), 1, tmp_path / "out.png")
-    sheet = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")).astype(int)
-    assert sheet.shape == (8 * 48 + 8, 7 * 48, 3)  # a picture alone has no border
-    corners = [tuple(sheet[i // 7 * 48 + 1, i % 7 * 48 + 1]) for i in range(49)]
-    greys = [max(corner) - min(corner) <= 1 for corner in corners]
-    assert greys[:20] == [False] * 20 and greys[20:24] == [True] * 4 and greys[48]
-    assert len(set(corners[:20])) == 20
-    cell = sheet[6 * 48 : 7 * 48, 6 * 48 : 7 * 48]
-    inside = np.abs(cell - cell[1, 1]).sum(-1) > 0
-    assert inside.any() and not inside[:, [0, -1]].any()  # 40 letters, small
+def test_a_page_holds_images_words_and_colors(page):
+    text = page.read_text()
+    assert text.count("</script>") == 1 and "http" not in text  # self-contained
+    data = json.loads(re.search("const data = (.*);\n", text)[1])
+    assert data["grid"] == [2, 2]
+    assert data["colors"]["blue"] == "#0000ff"  # its own
+    others = {data["colors"]["sky"], data["colors"]["</script>"]}
+    assert others == set(figures.PALETTE.split()[:2])
+    for image, name, color in zip(data["images"], ("a.png", "b.png"), ((255, 0, 0), (0, 0, 255))):
+        assert image["name"] == name
+        content = base64.b64decode(image["picture"].removeprefix("data:image/png;base64,"))
+        picture = np.asarray(Image.open(io.BytesIO(content)))
+        assert picture.shape == (30, 30, 3) and (picture == color).all()
+        assert image["panels"]["baseline"][0] == [["sky", 0.9], ["blue", 0.5]]
 
 
-def test_the_sheet_of_words_needs_no_matplotlib(tmp_path):
+def test_rare_words_are_grey_and_no_color_is_used_twice(tmp_path):
+    words = [f"word{i // 2}" for i in range(50)] + ["red", "chocolate", "rare"]
+    labels = [[(word, 1.0)] for word in words]
+    draw_words([("a", torch.zeros(3, 8, 8), {"labels": labels})], (1, 53), tmp_path / "a.png")
+    text = (tmp_path / "a.html").read_text()  # another suffix is replaced
+    colors = json.loads(re.search("const data = (.*);\n", text)[1])["colors"]
+    assert colors["red"] == "#ff0000" and colors["chocolate"] == "#d2691e"
+    used = [color for color in colors.values() if color != figures.GREY]
+    assert len(used) == len(set(used)) == 22 and colors["rare"] == figures.GREY
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="looks at the page in Chromium")
+def test_a_page_in_a_browser(page):
+    """The second image, its labels as the mouse enters a patch, what lights up at a click."""
+    acts = """slider.value = 1; show();
+        document.querySelectorAll(".words")[1].querySelectorAll(".patches div")[1].onmouseenter();
+        [...document.querySelectorAll(".word")].find(e => e.textContent == "sky 0.100").onclick();
+        """
+    page.write_text(page.read_text().replace("\nshow();\n", f"\nshow(); {acts}\n"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--window-size=900,600"]
+    browser = subprocess.run(
+        ["chromium", *flags, f"file://{page}"], capture_output=True, text=True, timeout=60
+    )
+    dom = browser.stdout.split("<script>")[0]
+    assert ">b.png</b>" in dom
+    assert dom.count('class="panel words"') == 2 and dom.count("<img") == 3
+    assert dom.count("Row 0, column 1: ") == 2  # in both panels at once
+    baseline, sea = dom.split('class="panel words"')[1:]
+    # where it is the top word, and where it is another of the patch's words
+    opacity = r'style="background: rgba\(.*?, ([\d.]+)\)'
+    strong, weak = (re.findall(opacity, part) for part in (baseline, sea))
+    assert len(strong) == 2 and len(weak) == 1 and strong[0] == strong[1] > weak[0]
+    assert "sky 2" in baseline and "blue 1" in sea  # how often each is the top word
+
+
+def test_the_page_of_words_needs_no_matplotlib(tmp_path):
     """Run where importing matplotlib or scikit-learn fails."""
     code = (
         "import sys; sys.modules['matplotlib'] = sys.modules['sklearn'] = None\n"
         "import torch, figures\n"
-        "figures.draw_words([(torch.zeros(3, 8, 8), ['a'])], (1, 1), 1, sys.argv[1])"
+        "images = [('a', torch.zeros(3, 8, 8), {'x': [[('a', 1.0)]]})]\n"
+        "figures.draw_words(images, (1, 1), sys.argv[1])"
     )
     root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "o.png")], cwd=root, check=True)
-    assert (tmp_path / "o.png").exists()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "o.html")], cwd=root, check=True)
+    assert (tmp_path / "o.html").exists()
 
 
 # ------------------------------------------------------------------------ measures of training runs

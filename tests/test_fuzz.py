@@ -456,14 +456,14 @@ def tacs(root, world, flags):
 
 
 def words(root, world, flags):
-    argv = f"words --model {root}/out/model --samples 3 --out {root}/words.png".split()
-    return eval.main(argv), (root / "words.png").read_bytes()
+    argv = f"words --model {root}/out/model --samples 3 --out {root}/words.html".split()
+    return eval.main(argv), (root / "words.html").read_bytes()
 
 
 def show(root, world, flags):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        labelling.main(f"show --labels {root}/labels --out {root}/labels.png --images 2".split())
-    return printed.getvalue().split("wrote")[0], (root / "labels.png").read_bytes()
+        labelling.main(f"show --labels {root}/labels --out {root}/labels.html --images 2".split())
+    return printed.getvalue().split("wrote")[0], (root / "labels.html").read_bytes()
 
 
 def store(root, world, flags):

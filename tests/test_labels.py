@@ -3,7 +3,6 @@ and hand counts."""
 
 import inspect
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -41,7 +40,6 @@ from labels import (
     extract,
     load_encoder,
     main,
-    most_likely,
     nearest_words,
     patch_embeddings,
     patch_paths,
@@ -690,22 +688,6 @@ def world_store(settings, folder, **changed):
     return folder
 
 
-def cut_to_mass(ids, scores, mass, scale):
-    """The fewest labels of each patch whose probabilities add up to mass, in a plain loop."""
-    ids, scores = ids.clone(), scores.clone()
-    for row, row_scores in zip(ids, scores):
-        weights = [
-            math.exp(scale * s) if w >= 0 else 0.0
-            for w, s in zip(row.tolist(), row_scores.tolist())
-        ]
-        total = 0.0
-        for k, weight in enumerate(weights):
-            if total >= mass * sum(weights):
-                row[k], row_scores[k] = -1, 0
-            total += weight
-    return ids, scores
-
-
 @pytest.mark.parametrize(
     "path, sign, more",
     [
@@ -713,8 +695,7 @@ def cut_to_mass(ids, scores, mass, scale):
         ("value", 1, {}),
         ("vv", 1, {}),
         ("value", 1, dict(center=True)),
-        ("last", 1, dict(mass=0.3)),
-        ("vv", -1, dict(center=True, mass=0.5, n=20)),
+        ("vv", -1, dict(center=True, n=20)),
     ],
 )
 def test_the_store_holds_what_each_image_alone_would_get(
@@ -739,45 +720,12 @@ def test_the_store_holds_what_each_image_alone_would_get(
         expected_ids, expected_scores = sorted_words(
             patch_embeddings(clip, pixels, path)[0], embeds, n, sign, 0.05
         )
-        if "mass" in more:
-            whole = expected_ids
-            expected_ids, expected_scores = cut_to_mass(
-                whole, expected_scores, more["mass"], clip.logit_scale.exp().item()
-            )
-            assert not expected_ids.equal(whole)
         ids, scores = store[i]
         assert (ids.dtype, scores.dtype, ids.shape) == (torch.int64, torch.float32, (25, n))
         assert ids.equal(expected_ids)
         torch.testing.assert_close(scores.double(), expected_scores, rtol=1e-3, atol=1e-6)
         seen_none |= set((ids < 0).flatten().tolist())
     assert seen_none == {True, False}
-
-
-@pytest.mark.parametrize("mass", [1e-6, 0.3, 0.5, 0.9, 0.9999])
-def test_most_likely_is_a_plain_loop(mass):
-    g = torch.Generator().manual_seed(0)
-    scores = torch.rand(300, 12, generator=g).sort(dim=1, descending=True)[0] * 0.3
-    filled = torch.arange(12) < torch.randint(0, 13, (300, 1), generator=g)  # 0 to 12 labels
-    ids = torch.where(filled, torch.randint(0, 99, (300, 12), generator=g), -1)
-    scores = scores * filled
-    expected_ids, expected_scores = cut_to_mass(ids, scores.double(), mass, 20.0)
-    found_ids, found_scores = most_likely(ids, scores, mass, 20.0)
-    assert found_ids.equal(expected_ids) and found_scores.equal(expected_scores.float())
-    assert ((found_ids[:, 0] >= 0) == filled[:, 0]).all()  # the first is kept always
-
-
-def test_most_likely_by_hand():
-    """Probabilities 1/2, 1/4, 1/4; then one label; then none."""
-    ids, scores = torch.tensor([[5, 3, 8, -1], [7, -1, -1, -1], [-1] * 4]), torch.zeros(3, 4)
-    scores[0, 0] = math.log(2) / 10
-    for mass, kept in [(0.4, 1), (0.6, 2), (0.74, 2), (0.76, 3)]:
-        found_ids, found_scores = most_likely(ids, scores, mass, 10.0)
-        assert found_ids.tolist() == [
-            [5, 3, 8][:kept] + [-1] * (4 - kept),
-            [7, -1, -1, -1],
-            [-1] * 4,
-        ]
-        assert found_scores.equal(scores)  # what is cut has a score of 0 here anyway
 
 
 def test_bfloat16_labels_are_about_those_of_float32(settings, store, tmp_path):
@@ -1261,7 +1209,6 @@ FLAGS = dict(
     prompt="a {}",
     center=True,
     min_score=0.1,
-    mass=0.5,
     shard=5,
     dtype="bfloat16",
 )
@@ -1717,20 +1664,24 @@ def drawn(monkeypatch):
     return calls
 
 
-def test_show_draws_each_image_plain_and_with_its_top_words(red_and_blue, tmp_path, drawn):
-    main(["show", "--labels", str(red_and_blue()), "--out", f"{tmp_path}/out.png"])
-    [(pictures, grid, columns, file)] = drawn
-    assert (list(grid), columns, file) == ([2, 2], 4, f"{tmp_path}/out.png")
-    assert [words for _, words in pictures] == [
-        [],
-        ["sky", "wall", "door", ""],
-        [],
-        ["door", "door", "", "wall"],
-    ]
+def test_show_draws_each_image_with_all_its_words(red_and_blue, tmp_path, drawn):
+    folder = red_and_blue()
+    main(["show", "--labels", str(folder), "--out", f"{tmp_path}/out.html"])
+    [(pictures, grid, file)] = drawn
+    assert (list(grid), file) == ([2, 2], f"{tmp_path}/out.html")
+    top_words = []
+    for i, (_, _, panels) in enumerate(pictures):
+        top_words.append([found[0][0] if found else "" for found in panels["labels"]])
+        ids, scores = LabelStore(folder)[i]
+        for found, patch_ids, patch_scores in zip(panels["labels"], ids, scores):
+            assert len(found) == (patch_ids >= 0).sum()
+            for (_, score), expected in zip(found, patch_scores):
+                assert score == pytest.approx(expected.item(), abs=6e-4)
+    assert top_words == [["sky", "wall", "door", ""], ["door", "door", "", "wall"]]
     red, blue = (
         torch.tensor(c).float().view(3, 1, 1).expand(3, 8, 8) for c in ([1, 0, 0], [0, 0, 1])
     )
-    for (pixels, _), expected in zip(pictures, (red, red, blue, blue)):
+    for (_, pixels, _), expected in zip(pictures, (red, blue)):
         torch.testing.assert_close(pixels, expected)
 
 
@@ -1738,10 +1689,11 @@ def test_show_draws_each_image_plain_and_with_its_top_words(red_and_blue, tmp_pa
 def test_show_draws_images_from_all_over_the_data(
     world, store, samples, tmp_path, drawn, images, rows
 ):
-    main(["show", "--labels", str(store), "--out", f"{tmp_path}/o.png", "--images", str(images)])
-    [(pictures, _, columns, _)] = drawn
-    assert columns == (2 if len(rows) == 1 else 4) and len(pictures) == 2 * len(rows)
-    for row, (pixels, _) in zip(rows, pictures[::2]):
+    main(["show", "--labels", str(store), "--out", f"{tmp_path}/o.html", "--images", str(images)])
+    [(pictures, _, _)] = drawn
+    assert len(pictures) == len(rows)
+    for row, (name, pixels, _) in zip(rows, pictures):
+        assert name == samples[row]["image"]
         image = Image.open(world / "images" / samples[row]["image"]).convert("RGB")
         expected = geometry(image, size=30, mode="square", mean=(0,) * 3, std=(1,) * 3)
         torch.testing.assert_close(pixels, expected)
@@ -1769,8 +1721,8 @@ def test_show_finds_data_that_has_moved(world, settings, samples, tmp_path, draw
 
 
 def test_show_of_the_tiny_world(store, tmp_path, capsys):
-    main(["show", "--labels", str(store), "--out", f"{tmp_path}/out.png", "--images", "3"])
-    Image.open(tmp_path / "out.png").load()
+    main(["show", "--labels", str(store), "--out", f"{tmp_path}/out.html", "--images", "3"])
+    assert (tmp_path / "out.html").read_text().count("data:image/png") == 3
     share = np.mean(
         [(LabelStore(store)[i][0] >= 0).any(-1).float().mean().item() for i in range(24)]
     )
