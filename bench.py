@@ -1,7 +1,8 @@
-"""What a run will cost (train.py --dry_run), and how fast the labels are found.
+"""Before a run: what it will cost, whether its data are whole, and how fast the labels are found.
 
     python train.py --stage pretrain --dry_run 8      the paper's run on 8 GPUs, on any computer
     python train.py --stage finetune --fsdp --dry_run 8
+    python train.py --stage pretrain --check_data good.jsonl      all samples and images, once
     python bench.py words               labels.nearest_words against the bare matrix product
 
 To plan a run, the model is built on the meta device: config, tokenizer and preprocessor files are
@@ -9,16 +10,30 @@ read, weights are not, and nothing is written. Counts are exact. Memory is estim
 below, for bf16 on GPUs unless --dtype float32.
 """
 
+import dataclasses
+import functools
+import json
 import math
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from data import cli, load_samples, run_command
-from labels import nearest_words
+from data import (
+    LlavaDataset,
+    UserError,
+    check_sample,
+    cli,
+    load_samples,
+    parse_json,
+    run_command,
+)
+from labels import nearest_words, write_file
 
 # Number of samples in the recipes' files, to plan before the download. The last two are rounded.
 SAMPLES = {
@@ -34,12 +49,15 @@ LABELS = 10  # per patch, the default of labels.py extract
 # ----------------------------------------------------------------------------- the plan
 
 
-def plan(cfg, model, dtype, ranks):
-    """Print what a run of this config on `ranks` GPUs needs.
+def plan(cfg, model, dtype):
+    """Print what a run of this config on cfg.dry_run GPUs needs, or --check_data.
 
     model, dtype: of train.build_model, on the meta device. Returns the printed figures; those of
     memory and disk are in bytes.
     """
+    if cfg.check_data:
+        return check_data(cfg, model)
+    ranks = cfg.dry_run
     is_pretrain = cfg.stage == "pretrain"
     loaded = sum(p.numel() * (p.itemsize if is_pretrain else 4) for p in model.parameters())
     cpu = {"while loading": loaded * min(ranks, 8)}  # a node has up to 8 ranks; each loads all
@@ -206,6 +224,63 @@ def kept_bytes(block, width, size):
     for matrix in matrices:
         numbers += sum(matrix.shape) if matrix.requires_grad else matrix.shape[0]
     return 4 * width * norms + size * numbers
+
+
+# ----------------------------------------------------------------------------- the data
+
+
+def check_data(cfg, model):
+    """Read all samples and images of --data; write those that can be trained on to --check_data.
+
+    UserError if there are others; each has a line in a .txt beside that file.
+    """
+    out = Path(cfg.check_data)
+    if out.exists():
+        raise UserError(f"--check_data {out} exists: give the name of a new file")
+    content = Path(cfg.data).read_bytes()
+    rows = content.splitlines() if cfg.data.endswith("l") else parse_json(content, cfg.data)
+    dataset = LlavaDataset(
+        [],
+        cfg.image_folder,
+        model.preprocess,
+        model.tokenizer,
+        model.image_tokens,
+        max_length=10**9,
+        text="caption" if cfg.stage == "pretrain" else "chat",
+    )
+    check = functools.partial(check_row, cfg, dataset)
+    numbered = list(enumerate(rows, 1))
+    loader = DataLoader(numbered, batch_size=None, num_workers=cfg.workers, collate_fn=check)
+    good = []
+    bad = []
+    lengths = []
+    for result, length in tqdm(loader, "checking"):
+        lengths.append(length)
+        results = good if length else bad
+        results.append(result)
+
+    write_file(out, "".join(json.dumps(sample) + "\n" for sample in good))
+    cut = np.greater(lengths, cfg.max_length).sum()
+    print(
+        f"{len(good):,} good samples in {out}; the longest has {max(lengths):,} "
+        f"positions; --max_length {cfg.max_length} cuts {cut:,}"
+    )
+    if bad:
+        report = out.with_suffix(".txt")
+        write_file(report, "\n".join(bad) + "\n")
+        raise UserError(f"{len(bad):,} bad samples, all in {report}; the first: {bad[0]}")
+
+
+def check_row(cfg, dataset, numbered_row):
+    """-> a sample and its positions, image included, or what is wrong with it and 0."""
+    number, sample = numbered_row
+    try:
+        if isinstance(sample, bytes):  # a line of a .jsonl
+            sample = parse_json(sample, cfg.data, number)
+        check_sample(sample, cfg.stage == "pretrain", f"{cfg.data}, sample {number}")
+        return sample, len(dataclasses.replace(dataset, samples=[sample])[0]["input_ids"])
+    except UserError as e:
+        return str(e), 0
 
 
 # ----------------------------------------------------------------------------- speed

@@ -59,7 +59,7 @@ def load_samples(file, captions=True):
     if file.suffix == ".jsonl":
         samples = JsonLines(file, captions)
     else:
-        samples = _parse(file.read_bytes(), file)
+        samples = parse_json(file.read_bytes(), file)
         if not isinstance(samples, list):
             raise UserError(f"{file}: expected a list of samples")
         for number, sample in enumerate(samples, 1):
@@ -83,7 +83,7 @@ class JsonLines:
         with open(file, "rb") as lines:
             for number, line in enumerate(tqdm(lines, f"reading {file.name}", delay=5), 1):
                 if line.strip():
-                    sample = _parse(line, file, number)
+                    sample = parse_json(line, file, number)
                     check_sample(sample, captions, f"{file}, line {number}")
                     lengths.append(sample_length(sample))
                     offsets.append(offset)
@@ -108,7 +108,7 @@ def read_json_lines(file, keys=()):
 
 def read_object(text, file, line=None, keys=()):
     """A JSON object, or UserError, which says what is damaged. keys: what it must have."""
-    content = _parse(text, file, line)
+    content = parse_json(text, file, line)
     if not isinstance(content, dict) or not content.keys() >= set(keys):
         raise UserError(
             f"{file}, line {line or 1}: not an object {{{', '.join(keys)} ...}}; damaged"
@@ -116,7 +116,7 @@ def read_object(text, file, line=None, keys=()):
     return content
 
 
-def _parse(text, file, line=None):
+def parse_json(text, file, line=None):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:  # of JSON or of UTF-8; too deep

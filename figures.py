@@ -51,7 +51,7 @@ def draw_words(images, grid, file):
         shown.append({"name": name, "picture": picture, "panels": panels})
     content = json.dumps({"grid": grid, "colors": colors, "images": shown})
     content = content.replace("<", r"\u003c")  # no word ends the script
-    page = Path(file).with_suffix(".html")
+    page = Path(f"{file}".removesuffix(".html") + ".html")
     page.write_text(PAGE.replace("DATA", content))
     print(f"wrote {page}")
 

@@ -162,6 +162,9 @@ class TrainConfig:
     resume: bool = flag(False, "continue from the newest checkpoint in out_dir")
     export: bool = flag(False, "write model/ as a Llava folder too, as finetune does", "pretrain")
     dry_run: int = flag(0, "print what the run would cost on so many GPUs; nothing is loaded")
+    check_data: str = flag(
+        "", "read all samples and images, list the bad, write the good to this .jsonl; no training"
+    )
 
     def global_batch(self):
         return self.batch_size * self.grad_accum * world_size()
@@ -294,10 +297,10 @@ class Run:
 
 def main(argv=None):
     cfg = parse_config(argv)
-    if cfg.dry_run:
+    if cfg.dry_run or cfg.check_data:
         with torch.device("meta"):  # shapes without weights
             model, dtype = build_model(cfg, torch.device("meta"))
-        return plan(cfg, model, dtype, cfg.dry_run)
+        return plan(cfg, model, dtype)
     device = setup_distributed()
     if cfg.preset == "toy" and rank() == 0:
         import toy
@@ -684,8 +687,8 @@ def save_checkpoint(run, step):
 
 def load_checkpoint(run, folder):
     """Restore a checkpoint, of any number of ranks."""
-    crcs = (folder / "crc.json").read_bytes()
-    if rank() == 0 and read_object(crcs, folder / "crc.json") != weight_crcs(folder):
+    file = folder / "crc.json"
+    if rank() == 0 and read_object(file.read_bytes(), file) != weight_crcs(folder):
         raise UserError(f"{folder}: truncated or corrupt; remove it to resume from another")
     barrier()
     dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(folder / "state"))

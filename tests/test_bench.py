@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import bench
+import data
 import model
 import train
 from adapter import Adapter
@@ -617,6 +618,67 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
         part.train()
     # one of 8 blocks at a time
     assert planned(True) == pytest.approx(kept() + everything / 8, rel=0.25)
+
+
+# --------------------------------------------------------------------------------------- check_data
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_every_bad_sample_is_listed_and_the_good_ones_are_written(
+    flags, samples, world, tmp_path, suffix, capsys
+):
+    """All at once: turns, an empty answer, a missing and a broken image, what is no sample."""
+    rows = [json.loads(json.dumps(sample)) for sample in samples[:12]]
+    rows[1]["conversations"][1]["value"] += " word" * 50  # good, and longer than --max_length
+    rows[3]["image"] = "nowhere.png"
+    rows[4]["image"] = "broken.png"
+    (world / "images/broken.png").write_bytes(b"no image")
+    rows[6]["conversations"][1]["value"] = " "
+    rows[7] = {"id": "7"}
+    rows[9] = 5
+    lines = [json.dumps(row) for row in rows]
+    text = f"[{','.join(lines)}]"
+    if suffix == ".jsonl":
+        text = "\n".join([*lines, "{"])
+    (tmp_path / f"data{suffix}").write_text(text)
+    given = ["--data", f"{tmp_path}/data{suffix}", "--check_data", f"{tmp_path}/good.jsonl"]
+    argv = [*flags, *given, "--max_length", "60", "--out_dir", f"{tmp_path}/out"]
+    count = 5 + (suffix == ".jsonl")
+    with pytest.raises(UserError, match=f"{count} bad samples, all in .*good.txt; the first: "):
+        train.main(argv)
+    (world / "images/broken.png").unlink()
+    good = [row for i, row in enumerate(rows) if i not in (3, 4, 6, 7, 9)]
+    found = [json.loads(line) for line in (tmp_path / "good.jsonl").read_text().splitlines()]
+    assert found == good and len(data.load_samples(tmp_path / "good.jsonl")) == 7
+    problems = (tmp_path / "good.txt").read_text().splitlines()
+    assert len(problems) == count
+    for name in ("nowhere.png", "broken.png", "sample 7: an answer is empty", "sample 8: needs",
+                 "sample 10: needs"):  # fmt: skip
+        assert sum(name in problem for problem in problems) == 1, name
+    if suffix == ".jsonl":
+        assert "line 13: not valid JSON" in problems[-1]
+    assert "7 good samples" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+    with pytest.raises(UserError, match="good.jsonl exists"):  # nothing is overwritten
+        train.main(argv)
+    given = ["--data", f"{tmp_path}/good.jsonl", "--check_data", f"{tmp_path}/again.jsonl"]
+    train.main([*flags, *given, "--max_length", "60", "--workers", "2"])
+    built, _ = train.build_model(train.parse_config(flags), torch.device("cpu"))
+    longest, _ = data.encode_conversation(good[1], built.tokenizer, built.image_tokens, 999)
+    expected = f"the longest has {len(longest)} positions; --max_length 60 cuts 1"
+    assert expected in capsys.readouterr().out
+    assert not (tmp_path / "again.txt").exists()
+
+
+def test_data_of_stage_2_are_checked_as_chats(flags, world, tmp_path, capsys):
+    texts = [
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    ] * 3
+    (tmp_path / "data.json").write_text(json.dumps(texts))
+    parts = f"--llm {world}/llm --vision {world}/vision --data {tmp_path}/data.json"
+    train.main(f"--stage finetune {parts} --check_data {tmp_path}/good.jsonl".split())
+    assert "3 good samples" in capsys.readouterr().out
 
 
 def test_words_times_the_search_and_its_limits(capsys):

@@ -56,7 +56,7 @@ def test_rare_words_are_grey_and_no_color_is_used_twice(tmp_path):
     words = [f"word{i // 2}" for i in range(50)] + ["red", "chocolate", "rare"]
     labels = [[(word, 1.0)] for word in words]
     draw_words([("a", torch.zeros(3, 8, 8), {"labels": labels})], (1, 53), tmp_path / "a.png")
-    text = (tmp_path / "a.html").read_text()  # another suffix is replaced
+    text = (tmp_path / "a.png.html").read_text()  # it is no picture
     colors = json.loads(re.search("const data = (.*);\n", text)[1])["colors"]
     assert colors["red"] == "#ff0000" and colors["chocolate"] == "#d2691e"
     used = [color for color in colors.values() if color != figures.GREY]

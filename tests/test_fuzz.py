@@ -457,7 +457,7 @@ def tacs(root, world, flags):
 
 def words(root, world, flags):
     argv = f"words --model {root}/out/model --samples 3 --out {root}/words.html".split()
-    return eval.main(argv), (root / "words.html").read_bytes()
+    return eval.main(argv), (root / "words.html").read_text().replace(str(root), "")
 
 
 def show(root, world, flags):
