@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.distributed.checkpoint import CheckpointException
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -628,8 +629,9 @@ def cli(main):
     """Run a command line. What the user can mend ends it with one line instead of a traceback."""
     try:
         main()
-    except (UserError, OSError) as e:  # from a DataLoader worker it comes with a traceback
-        message = str(e).rsplit("UserError: ", 1)[-1]
+    except (UserError, OSError, CheckpointException) as e:
+        # From a DataLoader worker, or as a checkpoint is written, it comes with a traceback.
+        message = re.split("UserError: |OSError: ", str(e))[-1]
         sys.exit(f"error: {' '.join(message.split())[:600]}")
     except ModuleNotFoundError as e:
         sys.exit(

@@ -307,7 +307,7 @@ def generation_config(llm, tokenizer, suppress_tokens):
 
 def load_vision(name, dtype):
     """A CLIP, SigLIP or DINOv2 vision tower from a hub name or folder, and its preprocess."""
-    with loading(name):
+    with files_of(name):
         config = AutoConfig.from_pretrained(name)
         config = getattr(config, "vision_config", config)  # of a whole CLIP, text tower and all
         if config.model_type not in TOWERS:
@@ -324,7 +324,7 @@ def load_llm(name, dtype):
             raise UserError(f"{file}: no such GGUF file (--llm)")
         name = file.parent
         kwargs = {"gguf_file": file.name}
-    with loading(name):
+    with files_of(name):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         config = AutoConfig.from_pretrained(name, **kwargs)
         llm = load_weights(AutoModelForCausalLM, name, config, dtype, **kwargs)
@@ -334,8 +334,8 @@ def load_llm(name, dtype):
 
 
 @contextlib.contextmanager
-def loading(name):
-    """Turn the errors of a model that cannot be read into a UserError."""
+def files_of(name):
+    """Turn the errors of a model that cannot be read or written into a UserError."""
     try:
         yield
     except UserError:
@@ -343,8 +343,8 @@ def loading(name):
     except Exception as e:  # transformers and safetensors have many ways to say it
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(
-            f"{name}: cannot be loaded ({reason}); give a folder with all its files, none of them "
-            "truncated, or the name of a hub model that you have access to"
+            f"{name}: cannot be loaded or saved ({reason}); give a folder with all its files, none "
+            "of them truncated, or the name of a hub model that you have access to"
         ) from e
 
 
@@ -399,7 +399,7 @@ def checkpoints(out_dir):
 def load_adapter(folder, dtype):
     """A new model of the parts that folder/adapter.safetensors names, with its weights."""
     file = folder / "adapter.safetensors"
-    with loading(folder):
+    with files_of(folder):
         with safe_open(file, "pt") as header:
             names = header.metadata()
         model = new_model(names["vision"], names["llm"], dtype)
@@ -412,7 +412,7 @@ def load_adapter(folder, dtype):
 
 def load_llava(name, dtype):
     """The model of a Llava folder or hub name, such as save_llava writes."""
-    with loading(name):
+    with files_of(name):
         config = AutoConfig.from_pretrained(name)
         is_llava = config.model_type == "llava" and config.vision_config.model_type in TOWERS
         if not is_llava or not isinstance(config.vision_feature_layer, int):
@@ -461,7 +461,8 @@ def full_state(model):
 
 def save_adapter(folder, state, names):
     """Write folder/adapter.safetensors: adapter_state, and names in its header."""
-    save_file(state, Path(folder) / "adapter.safetensors", metadata=names)
+    with files_of(folder):
+        save_file(state, Path(folder) / "adapter.safetensors", metadata=names)
 
 
 def save_llava(model, folder, state, dtype):
@@ -470,7 +471,8 @@ def save_llava(model, folder, state, dtype):
     state: of full_state; its weights are written in dtype.
     """
     weights = {name: w.to(dtype) for name, w in portable_names(model, state).items()}
-    save_torch_state_dict(weights, folder)
+    with files_of(folder):
+        save_torch_state_dict(weights, folder)
 
     config = model.llava.config
     config.dtype = dtype

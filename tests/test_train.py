@@ -3,6 +3,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -556,3 +557,27 @@ def test_a_command_line_error_is_one_line(flags, tmp_path):
 )
 def test_a_run_is_named_after_what_it_is(flags, folder):
     assert train.parse_config(flags).out_dir == folder
+
+
+@pytest.mark.parametrize("kilobytes", [3, 10])  # too small for the adapter; for the moments
+def test_a_disk_that_fills_up(flags, tmp_path, kilobytes):
+    """One line, whichever file does not fit; the run goes on from the last whole checkpoint."""
+    own = [*flags, "--out_dir", str(tmp_path), "--save_every", "2", "--max_steps", "6"]
+    train.main(own)
+    for later in ("model", "checkpoints/step_4", "checkpoints/step_6"):
+        shutil.rmtree(tmp_path / later)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    # the largest file that may be written
+    limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({kilobytes * 1000},) * 2);"
+    code = f"import sys; {limit} import train; train.cli(lambda: train.main(sys.argv[1:]))"
+    root = Path(__file__).parent.parent
+    run = subprocess.run(
+        [sys.executable, "-c", code, *own, "--resume"], cwd=root, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    [line] = re.findall("error: .*", run.stderr)
+    assert "File too large" in line
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4]
+    train.main([*own, "--resume"])
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
