@@ -1,4 +1,4 @@
-"""Every picture, and the histories of training runs that curves and radars are drawn from.
+"""Every picture, and the histories of training runs that curves are drawn from.
 
 draw_words writes a web page and needs no other package. The others need matplotlib, and draw_tsne
 scikit-learn; they are imported where they are used.
@@ -227,6 +227,18 @@ def step_in(path):
     return int(steps[-1]) if steps else None
 
 
+def print_gains(before, after, measures):
+    """Print what two histories have of these measures at their ends, and the mean relative gain."""
+    gains = []
+    for name in measures:
+        if name in before:
+            old, new = (steps[name][max(steps[name])] for steps in (before, after))
+            gains.append(new / max(old, 1e-9) - 1)
+            print(f"{name:30} {old:8.3f} -> {new:.3f} ({gains[-1]:+.2%})")
+    if gains:
+        print(f"average relative gain of {len(gains)} benchmarks: {np.mean(gains):+.2%}")
+
+
 def draw_curves(runs, measures, file):
     """Measures over the steps of training, a panel each: mean over seeds, their range as a band.
 
@@ -251,33 +263,6 @@ def draw_curves(runs, measures, file):
             axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2)
         axes.set(title=measures[name], xlabel="steps")
         axes.legend()
-    save_figure(figure, file)
-
-
-def draw_radar(scores, file):
-    """Benchmarks around a circle (Figure 3b), each as a share of its best score, from 0 in the
-    middle to 1; the labels give the scores. scores: {kind: {benchmark: score}}."""
-    import matplotlib.pyplot as plt
-
-    names = sorted(set.intersection(*map(set, scores.values())))
-    if len(names) < 3:
-        print(f"no {file}: it takes three benchmarks that were measured for every run")
-        return
-
-    values = np.array([[scores[kind][name] for name in names] for kind in scores])
-    shares = values / values.max(0).clip(1e-9)
-    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    figure, axes = plt.subplots(figsize=(8, 6), subplot_kw={"projection": "polar"})
-    for i, kind in enumerate(scores):
-        axes.fill(angles, shares[i], fill=False, edgecolor=f"C{i}", label=kind)
-    labels = []
-    for name, of_each_kind in zip(names, values.T):
-        labels.append(f"{name}\n" + " / ".join(f"{value:.3g}" for value in of_each_kind))
-    axes.set_ylim(0, 1)
-    axes.set_xticks(angles, labels)
-    for label, angle in zip(axes.get_xticklabels(), angles):  # beside the circle, not over it
-        label.set_horizontalalignment("left" if np.cos(angle) > 0 else "right")
-    figure.legend(loc="lower left", title="share of the best score")
     save_figure(figure, file)
 
 

@@ -52,7 +52,7 @@ from transformers import (
 
 from data import UserError, cli, image_processor, load_samples, run_command
 from eval import eval_words, find_run, token_groups
-from figures import draw_curves, draw_radar, draw_tsne, history
+from figures import draw_curves, draw_tsne, history
 from labels import LabelStore, extract
 
 # -------------------------------------------------------------------------------------------- build
@@ -732,7 +732,7 @@ def summarize(seeds, out):
     }
     print_table(histories(VARIANTS, "pretrain"), alignment)
     finetuned = histories(BOTH_STAGES, "finetune")
-    scores = print_table(finetuned, benchmarks)
+    print_table(finetuned, benchmarks)
 
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
@@ -740,7 +740,6 @@ def summarize(seeds, out):
     draw_curves(histories(BOTH_STAGES, "pretrain"), learning, figures / "pretraining.png")
     language = {"val_text all": "language: text-only questions"}
     draw_curves(finetuned, language, figures / "language.png")
-    draw_radar(scores, figures / "radar.png")
     baseline = f"{out}/baseline_0/pretrain"
     sea = f"{out}/SEA_0/pretrain"
     groups = {"baseline": token_groups(find_run(baseline)), "SEA": token_groups(find_run(sea))}
@@ -751,19 +750,16 @@ def summarize(seeds, out):
 def print_table(runs, measures):
     """Print the last value of each measure as Markdown, mean (min to max) over the seeds.
 
-    runs: {variant: [history of each seed]}, measures: {name: title} -> {variant: {title: mean}}.
+    runs: {variant: [history of each seed]}, measures: {name: title}.
     """
     print(f"\n| | {' | '.join(runs)} |\n|---|{'---|' * len(runs)}")
-    means = defaultdict(dict)
     for measure, title in measures.items():
         row = f"| {title} |"
-        for variant, histories in runs.items():
+        for histories in runs.values():
             curves = [seed_history[measure] for seed_history in histories]  # {step: value} each
             values = [curve[max(curve)] for curve in curves]
-            means[variant][title] = np.mean(values)
             row += f" {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) |"
         print(row)
-    return means
 
 
 def main(argv=None):

@@ -307,7 +307,7 @@ def test_report_end_to_end(small, tmp_path, monkeypatch, capsys):
     gap = labels_of(out / "SEA_0/pretrain/eval.jsonl", "D_of_unit_vectors")
     assert f"{gap:.3f} ({gap:.3f} to {gap:.3f})" in said
     drawn = {file.name for file in (out / "figures").iterdir()}
-    assert drawn == {"pretraining.png", "language.png", "radar.png", "tsne.png", "words.html"}
+    assert drawn == {"pretraining.png", "language.png", "tsne.png", "words.html"}
     assert sorted(run.name for run in out.glob("*_0")) == ["SEA_0", "SEA_n10_0", "baseline_0"]
     config = json.loads((out / "SEA_n10_0/pretrain/config.json").read_text())
     assert config["labels"] == "toy/labels_n10" and not (out / "SEA_n10_0/finetune").exists()
