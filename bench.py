@@ -33,7 +33,7 @@ from data import (
     parse_json,
     run_command,
 )
-from labels import nearest_words, write_file
+from labels import nearest_words, rank_device, write_file
 
 # Number of samples in the recipes' files, to plan before the download. The last two are rounded.
 SAMPLES = {
@@ -286,40 +286,47 @@ def check_row(cfg, dataset, numbered_row):
 # ----------------------------------------------------------------------------- speed
 
 
+def compare(functions, repeats):
+    """Run functions in turn, once to warm up and `repeats` times -> {name: seconds of each run}.
+
+    Prints each median time, and how much of it the first function takes: the median, and the least
+    to greatest, of the ratios within a turn.
+    """
+    seconds = {name: [] for name in functions}
+    for turn in range(1 + repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    first = next(iter(seconds))
+    for name, values in seconds.items():
+        ratios = sorted(a / b for a, b in zip(seconds[first], values))
+        print(
+            f"{name:24}{statistics.median(values):9.3f} s   {first} takes "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) of it"
+        )
+    return seconds
+
+
 def time_search(
     patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10, repeats: int = 5
 ):
-    """Time nearest_words against the bare products of the same shapes.
-
-    Random unit vectors are searched. The searches take turns; for each are printed its median time
-    and the median (least to greatest) of nearest_words' time divided by its time in the same turn.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Time nearest_words on random unit vectors against the bare products of the same shapes."""
+    device = rank_device()
     patch_embeds = F.normalize(torch.randn(patches, dim, device=device), dim=-1)
     word_embeds = F.normalize(torch.randn(words, dim, device=device), dim=-1)
     bf16_patches = patch_embeds.bfloat16()
     bf16_words = word_embeds.bfloat16()
+    print(f"{patches:,} patches, {words:,} words, {dim} numbers each, top {n}, {device}")
     searches = {
         "nearest_words": lambda: nearest_words(patch_embeds, word_embeds, n, sign=1),
         "product in float32": lambda: multiply(patch_embeds, word_embeds),
         "product in bfloat16": lambda: multiply(bf16_patches, bf16_words),
     }
-    seconds = {name: [] for name in searches}
-    for _ in range(repeats):
-        for name, search in searches.items():
-            start = time.perf_counter()
-            search()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    print(f"{patches:,} patches, {words:,} words, {dim} numbers each, top {n}, {device}")
-    for name, values in seconds.items():
-        ratios = sorted(a / b for a, b in zip(seconds["nearest_words"], values))
-        print(
-            f"{name:24}{statistics.median(values):9.3f} s   nearest_words takes "
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) of it"
-        )
-    return seconds
+    return compare(searches, repeats)
 
 
 def multiply(patch_embeds, word_embeds, block=8192):

@@ -112,7 +112,8 @@ def alignment_sums(model, dataset, device):
         x_t = out["inputs"][batch["trained"][:-1]]  # a caption's last token is a newline
         score = tacs(x_v, x_t) if len(x_v) and len(x_t) else 0.0
         if own == i:
-            sums += torch.tensor([score, len(x_v) > 0, out["loss_g"], len(batch["trained"])])
+            found = (float(score), len(x_v) > 0, float(out["loss_g"]), len(batch["trained"]))
+            sums += torch.tensor(found)
     return all_sum(sums, device).tolist()
 
 

@@ -591,9 +591,9 @@ def barrier():
 
 def all_sum(values, device):
     """Sum numbers over the ranks -> float64 tensor on the device."""
-    total = torch.zeros(len(values), dtype=torch.float64, device=device)
-    for i, value in enumerate(values):
-        total[i] = value  # unlike torch.tensor, does not wait for the GPU
+    numbers = [torch.as_tensor(value, dtype=torch.float64).flatten() for value in values]
+    # does not wait for the GPU
+    total = torch.cat([number.to(device, non_blocking=True) for number in numbers])
     if world_size() > 1:  # an error where the processes form no group: they have shared the work
         dist.all_reduce(total)
     return total

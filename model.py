@@ -135,7 +135,7 @@ class SEAModel(nn.Module):
                 self.grid,
                 **sampling,
             )
-            out.update(counts, tau=(-self.log_scale.detach()).exp())
+            out.update(counts, tau=torch.exp(-self.log_scale[0]))
         return out
 
     def visual_tokens(self, pixels):

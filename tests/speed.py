@@ -1,0 +1,306 @@
+"""How fast a training step is, and how much memory it takes, beside transformers' own Llava.
+
+    python tests/speed.py step                  stage 1, 4 x (576 + 40) positions, on two CPU cores
+    python tests/speed.py step --llm vicuna-7b --batch_size 16 --grad_checkpoint        on a GPU
+    python tests/speed.py padding               what padding costs stage 2, by order of the samples
+    python tests/speed.py gpu                   all of it, and the search, on one GPU of 80 GB
+    python tests/speed.py gpu --tiny            the same in miniature, to see that it runs
+
+The models have the true shapes and random weights; nothing is downloaded. A step is train.py's own:
+forward, backward, AdamW, and what is logged.
+"""
+
+import functools
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+
+import bench
+import train
+from data import IGNORE, cli, collate, geometry, grouped_order, run_command
+from labels import rank_device
+from model import SEAModel, assemble
+from toy import make_tokenizer
+
+SHAPES = {
+    "tiny": dict(
+        model_type="llama",
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    ),
+    "gemma-3-270m": dict(
+        model_type="gemma3_text",
+        vocab_size=262_144,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+    ),
+    "gemma-2b": dict(
+        model_type="gemma",
+        vocab_size=256_000,
+        hidden_size=2048,
+        intermediate_size=16384,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=256,
+    ),
+    "vicuna-7b": dict(model_type="llama"),  # the defaults of LlamaConfig
+}
+CLIP_L = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+WORDS = 20_000  # of the label store that is imitated
+LLM = Literal["tiny", "gemma-3-270m", "gemma-2b", "vicuna-7b"]
+
+
+def random_run(llm, cfg):
+    """A train.Run of true shapes."""
+    device = rank_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vision = CLIP_L | (dict(num_hidden_layers=2, hidden_size=64) if llm == "tiny" else {})
+    config = AutoConfig.for_model(**SHAPES[llm])
+    with torch.device(device):
+        tower = CLIPVisionModel(CLIPVisionConfig(**vision)).to(dtype)
+        frozen = dtype if cfg.stage == "pretrain" else torch.float32
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=frozen)
+        tokenizer = make_tokenizer(["a red circle"])
+        llava = assemble(tower, causal_lm, tokenizer, 336)
+        preprocess = dict(size=336, mode="square", mean=(0.5,) * 3, std=(0.25,) * 3)
+        model = SEAModel(llava, tokenizer, preprocess, {})
+    if cfg.stage == "finetune":
+        model.thaw_llm(False, dtype)
+    model.log_scale.requires_grad_(cfg.sea_weight > 0)
+    model.word_token_ids = [[i % 900, (7 * i + 3) % 900] for i in range(WORDS)]
+    if cfg.grad_checkpoint:
+        checkpoint = functools.partial(train.checkpoint, use_reentrant=False)
+        for block in sum(map(list, model.blocks()), []):
+            block.forward = functools.partial(checkpoint, block.forward)
+    parallel_model = train.parallelize(cfg, model, dtype)
+    optimizer, schedule = train.build_optimizer(cfg, model, 1000, 100)
+    return train.Run(cfg, device, dtype, model, parallel_model, optimizer, schedule)
+
+
+def random_item(model, i, text_length, is_trained=1.0):
+    """What LlavaDataset gives of a caption or, without labels, a chat."""
+    rng = torch.Generator().manual_seed(i)
+    m = model.image_tokens
+    is_image = torch.arange(m + text_length) < m
+    ids = torch.randint(10, 900, is_image.shape, generator=rng)
+    ids[is_image] = model.image_token_id
+    trains = torch.rand(is_image.shape, generator=rng) < is_trained
+    return {
+        "index": i,
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "is_image": is_image,
+        "targets": ids.masked_fill(is_image | ~trains, IGNORE),
+        "pixels": torch.randn(3, 336, 336, generator=rng),
+        "label_ids": torch.randint(WORDS, (m, 10), generator=rng),
+        "label_scores": torch.rand(m, 10, generator=rng),
+    }
+
+
+def make_steps(llm, stage, batch_size, text, grad_checkpoint, compile):
+    """-> the run, and {name: a function that does a step and returns its loss_g}."""
+    # with a rate of next to nothing all see the same weights and have the same loss
+    flags = f"--stage {stage} --batch_size {batch_size} --dry_run 1 --lr 1e-15"
+    flags += "" if grad_checkpoint else " --no-grad_checkpoint"
+    run = random_run(llm, train.parse_config(flags.split() + ["--compile"] * compile))
+    model = run.model
+    share = 1.0 if stage == "pretrain" else 0.5
+    items = [random_item(model, i, text, share) for i in range(batch_size)]
+    batch = collate(items, model.tokenizer.pad_token_id)
+    baseline = {name: x for name, x in batch.items() if not name.startswith("label")}
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "pixel_values": batch["pixels"].to(run.dtype),
+        "labels": torch.stack([item["targets"] for item in items]),
+    }
+    inputs = {name: x.to(run.device) for name, x in inputs.items()}
+
+    def llava():
+        with run.autocast():
+            loss = model.llava(**inputs).loss
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        return loss.item()
+
+    def ours(batch):
+        return train.train_step(run, [dict(batch)], 1)["loss_g"]
+
+    steps = {"with SEA": lambda: ours(batch), "without SEA": lambda: ours(baseline)}
+    if stage == "finetune":
+        steps = {"ours": steps["without SEA"]}
+    return run, steps | {"transformers' Llava": llava}
+
+
+def peak_memory(step, device):
+    """The most bytes that a step holds beyond those that are held before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak
+    step()
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024 - before
+
+
+def memory_of(name, *settings):
+    """In a process of its own, as the CPU's allocator keeps what others have used."""
+    run, steps = make_steps(*settings)
+    return peak_memory(steps[name], run.device)
+
+
+def loader_speed():
+    """Images of COCO's size that one process reads, decodes and resizes in a second."""
+    jpeg = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
+    Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(jpeg, "JPEG")
+    start = time.perf_counter()
+    for _ in range(50):
+        image = Image.open(io.BytesIO(jpeg.getvalue())).convert("RGB")
+        geometry(image, 336, "square", (0.5,) * 3, (0.25,) * 3)
+    return 50 / (time.perf_counter() - start)
+
+
+def time_steps(
+    llm: LLM = "gemma-3-270m",
+    stage: Literal["pretrain", "finetune"] = "pretrain",
+    batch_size: int = 4,
+    text: int = 40,
+    repeats: int = 5,
+    grad_checkpoint: bool = False,
+    compile: bool = False,
+):
+    """Time a step against transformers' Llava of the same weights on the same batch.
+
+    text: positions of a text. Memory is the peak over what a step finds: weights and optimizer.
+    """
+    settings = (llm, stage, batch_size, text, grad_checkpoint, compile)
+    run, steps = make_steps(*settings)
+    positions = batch_size * (run.model.image_tokens + text)
+    print(f"\n{stage}, {llm}, {positions:,} positions, {run.device}, {run.dtype}")
+    print(f"checkpoint {grad_checkpoint}, compile {compile}", flush=True)
+    peaks = {}
+    losses = {}
+    flops = {}
+    for name, step in steps.items():
+        if run.device.type == "cuda":
+            step()  # AdamW has its moments from the first step on
+            peaks[name] = peak_memory(step, run.device)
+        else:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                peaks[name] = pool.submit(memory_of, name, *settings).result()
+        with FlopCounterMode(display=False) as counter:
+            losses[name] = step()
+        flops[name] = counter.get_total_flops()
+    seconds = bench.compare(steps, repeats)
+    table = {}
+    for name in steps:
+        time_of_one = statistics.median(seconds[name])
+        table[name] = dict(
+            seconds=time_of_one,
+            tokens_per_s=positions / time_of_one,
+            tflops=flops[name] / time_of_one / 1e12,
+            peak_mib=peaks[name] / 2**20,
+            loss=losses[name],
+        )
+        print(f"{name:24}" + "".join(f"  {key} {value:,.3f}" for key, value in table[name].items()))
+    images = loader_speed()
+    fed = batch_size / next(iter(table.values()))["seconds"]
+    print(f"one worker prepares {images:.0f} images a second; this step takes {fed:.1f} a second")
+    return table | {
+        "settings": settings,
+        "images_per_s_and_worker": images,
+        "step_images_per_s": fed,
+    }
+
+
+def time_padding(samples: int = 200_000, batch_size: int = 16, ranks: int = 8):
+    """The share of stage 2's positions that are padding, in LLaVA's order and in a random one.
+
+    Lengths like those of LLaVA's mix: 94 % with an image; log-normal texts, cut at 2,048.
+    """
+    rng = np.random.default_rng(0)
+    has_image = rng.random(samples) < 0.94
+    words = rng.lognormal(5.0, 0.8, samples).clip(5, 1400).astype(int)
+    positions = np.minimum(2048, (1.35 * words).astype(int) + 40 + 576 * has_image)
+    lengths = np.where(has_image, words, -words)
+    orders = {
+        "grouped": grouped_order(lengths, batch_size, ranks, 0, 0),
+        "random": rng.permutation(samples),
+    }
+    useful = {}
+    for name, order in orders.items():
+        whole = len(order) // batch_size * batch_size
+        rows = positions[order[:whole]].reshape(-1, batch_size)
+        useful[name] = rows.sum() / (rows.max(1) * batch_size).sum()
+        print(f"{name:10} {1 - useful[name]:.1%} padding")
+    gain = useful["grouped"] / useful["random"]
+    print(
+        f"grouped: {gain:.2f} x the useful tokens; no padding at all: {1 / useful['grouped']:.2f} x"
+    )
+    return useful
+
+
+def gpu(out: str = "gpu.json", tiny: bool = False):
+    """The search, and both stages of Gemma-2B and Vicuna-7B where they fit; writes a JSON file."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(Path(__file__).parent)]
+    results = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    results["tests"] = subprocess.run(tests).returncode
+    for words in (400, 4000) if tiny else (40_000, 4_000_000):
+        patches = 64 if tiny else 32 * 576
+        results[f"{words} words"] = bench.time_search(patches, words, repeats=3)
+    llms = ["tiny"] if tiny else ["gemma-2b", "vicuna-7b"]
+    size = dict(batch_size=2, repeats=1) if tiny else dict(batch_size=16, repeats=5)
+    runs = [(llm, "pretrain", more, 64) for llm in llms for more in ({}, {"grad_checkpoint": True})]
+    runs += [(llms[0], "finetune", {"grad_checkpoint": True}, 448)]
+    runs += [(llms[0], "pretrain", {"compile": True}, 64)]
+    for llm, stage, more, text in runs:
+        try:
+            result = time_steps(llm, stage, text=text, **size, **more)
+        except torch.OutOfMemoryError as e:
+            result = str(e)
+            print(f"{llm}, {stage}, {more}: {e}")
+        results[f"{stage} {llm} {more}"] = result
+        Path(out).write_text(json.dumps(results, indent=1))
+    print(f"wrote {out}")
+    return results
+
+
+if __name__ == "__main__":
+    commands = {"step": time_steps, "padding": time_padding, "gpu": gpu}
+    cli(lambda: run_command(__doc__, commands))
