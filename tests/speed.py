@@ -201,7 +201,7 @@ def time_steps(
     stage: Literal["pretrain", "finetune"] = "pretrain",
     batch_size: int = 4,
     text: int = 40,
-    repeats: int = 5,
+    repeats: int = 3,
     grad_checkpoint: bool = False,
     compile: bool = False,
 ):

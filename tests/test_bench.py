@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -618,6 +619,49 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
         part.train()
     # one of 8 blocks at a time
     assert planned(True) == pytest.approx(kept() + everything / 8, rel=0.25)
+
+
+@pytest.mark.parametrize("flags", ["", "--no-grad_checkpoint"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "finetune --tune_vision"])
+def test_operations_are_those_that_torch_counts(stage, flags, monkeypatch):
+    """Of a model in which the head and attention have a small share."""
+    config = LlamaConfig(**SMALL | {"hidden_size": 512, "intermediate_size": 1376})
+    vision = CLIPVisionConfig(
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        image_size=56,
+        patch_size=14,
+    )
+    tower = CLIPVisionModel(vision)
+    llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    preprocess = dict(size=56, mode="square", mean=(0.5,) * 3, std=(0.5,) * 3)
+    tokenizer = tiny_tokenizer(["a red door"])
+    built = SEAModel(assemble(tower, llm, tokenizer, 56), tokenizer, preprocess, {})
+    cfg = train.parse_config(f"--stage {stage} --dry_run 1 {flags}".split())
+    monkeypatch.setattr(train, "load_model", lambda init: built)
+    monkeypatch.setattr(train, "new_model", lambda *args: built)
+    model, _ = train.build_model(cfg, torch.device("cpu"))
+    ids = torch.randint(3, 250, (2, 80))
+    ids[:, :16] = model.image_token_id
+    places = torch.where(ids.flatten() == model.image_token_id)[0]
+    with FlopCounterMode(display=False) as counter:
+        model(ids, places, torch.arange(60, 80), torch.randn(2, 3, 56, 56))["loss_g"].backward()
+    planned = 2 * bench.plan_operations(cfg, model, 80)
+    # the tower's last block is run and its output is not used; the adapter and the head are small
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.12)
+
+
+def test_hours_of_the_papers_run():
+    """By hand: 32 blocks of 202 M weights, 640 positions, forward, recomputed, backward."""
+    plan = dry_run("--dry_run 8")
+    block = 4 * 4096**2 + 3 * 4096 * 11008
+    llm = 2 * 32 * block * 640 * 3
+    vision = 2 * 24 * 12 * 1024**2 * 576
+    seconds = 2181 * 256 * (llm + vision) / (8 * 0.4 * 989e12)
+    assert plan["hours"] == pytest.approx(seconds / 3600, rel=0.01)
+    assert 1 < plan["hours"] < 2
 
 
 # --------------------------------------------------------------------------------------- check_data
