@@ -62,9 +62,10 @@ class FakeGPU(TorchDispatchMode):
                 return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         is_copy = func in (aten._to_copy.default, aten.copy_.default)
         local = [x for x in tensors if not self.is_remote(x)]
+        local = [x for x in local if x.dim()]  # a single number goes along with the operation
         if is_copy and local and not kwargs.get("non_blocking"):
             self.waits["a tensor is written"] += 1
-        elif local and not is_copy and any(x.dim() for x in local):
+        elif local and not is_copy:
             raise AssertionError(f"{func} mixes devices: {[(x.device, x.shape) for x in tensors]}")
         if self.fakes is not None:
             args, kwargs = tree_map(self.as_fake, (args, kwargs))
