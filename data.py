@@ -202,11 +202,11 @@ def encode_conversation(
         ids, is_trained = encode_chat(sample, tokenizer, image_tokens, is_prompt)
     else:
         caption = as_text(sample["conversations"][1]["value"], tokenizer)
-        ids = tokenizer(IMAGE_TOKEN * image_tokens + caption + "\n")["input_ids"]
-        if ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it
-            ids = ids[:-1]
-        before = ids.index(image_token_id) + image_tokens
-        is_trained = [0] * before + [1] * (len(ids) - before)
+        # By itself, as in LLaVA: a SentencePiece tokenizer gives its first word a leading space.
+        text = tokenizer(caption + "\n", add_special_tokens=False)["input_ids"]
+        prefix = bos_of(tokenizer) + [image_token_id] * image_tokens
+        ids = prefix + text
+        is_trained = [0] * len(prefix) + [1] * len(text)
 
     if image_token_id in ids:
         if max_length <= image_tokens + 1:
@@ -242,11 +242,16 @@ def encode_chat(sample, tokenizer, image_tokens, is_prompt):
             f"sample {sample.get('id')}: the chat template marks {marked} of {answers} answers; "
             "its {% generation %} must enclose each of them"
         )
-    # Our templates leave BOS to the tokenizer, and not every tokenizer has one.
-    bos = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]
+    # Our templates leave BOS to the tokenizer.
+    bos = bos_of(tokenizer)
     if encoded["input_ids"][:1] == bos:
         bos = []
     return bos + encoded["input_ids"], [0] * len(bos) + is_trained
+
+
+def bos_of(tokenizer):
+    """[BOS], or [] of a tokenizer that does not begin texts with it."""
+    return [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]
 
 
 def as_text(text, tokenizer):

@@ -401,3 +401,19 @@ def test_a_prompt_is_what_stands_before_the_trained_answer(tokenizers, name, ima
         asked = sample | {"conversations": sample["conversations"][:turns]}
         prompt, _ = encode_chat(asked, tokenizers[name], 4, is_prompt=True)
         assert prompt == ids[:start].tolist()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_stage_1_is_llavas_plain(tokenizers, name):
+    """LLaVA encodes what stands before and after <image> apart, and drops the second BOS."""
+    tokenizer = tokenizers[name]
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    before, after = (tokenizer(text)["input_ids"] for text in ("", "A red door.\n"))
+    if before:  # BOS
+        assert after[: len(before)] == before
+        after = after[len(before) :]
+    ids, targets = data.encode_conversation(conversation("<image>", "A red door."), tokenizer, 4)
+    assert ids.tolist() == before + [image] * 4 + after
+    assert targets.tolist() == [IGNORE] * (len(before) + 4) + after
+    if name == "vicuna":  # SentencePiece: a leading space
+        assert tokenizer.convert_ids_to_tokens(after)[0] in ("▁A", "▁")
