@@ -192,7 +192,7 @@ def encode_conversation(
     """-> ids [L], with image_tokens times <image>, and targets [L], IGNORE where not trained.
 
     Stage 1, LLaVA's `plain`: <image>, the caption and a newline, without the human turn and without
-    EOS. Caption and newline are trained.
+    EOS. Caption and newline are trained. PAPER: that the human turn is dropped is LLaVA's recipe.
     chat, stage 2: the tokenizer's chat template. Answers and the tokens that end them are trained.
     is_prompt: the last turn is a human's, and the ids end where its answer begins.
     Ids beyond max_length are cut off. An image that the cut would split is dropped whole.

@@ -43,6 +43,8 @@ from loss import sea_loss, word_features
 
 # The paper's parts by short name (Tables 1, 2 and 5), and a small LLM of today for a single GPU.
 # Any other hub name, folder or GGUF file is taken as it is.
+# PAPER: "Gemma-2B" and "Llama-3-8B" are taken to be the models that are tuned to instructions, as
+# Vicuna and Phi-3-mini are.
 LLMS = {
     "vicuna-7b": "lmsys/vicuna-7b-v1.5",
     "vicuna-13b": "lmsys/vicuna-13b-v1.5",
@@ -141,7 +143,8 @@ class SEAModel(nn.Module):
     def visual_tokens(self, pixels):
         """X_v = g_θ(f(X_image)) (Eq. 1): pixels [images, 3, size, size] -> [images, m, D].
 
-        f is the output of the tower's second-to-last layer without the class token, as in LLaVA.
+        PAPER: f is not specified. It is the output of the tower's second-to-last layer without the
+        class token, as in LLaVA.
         """
         images = len(pixels)
         if not images:

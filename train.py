@@ -129,13 +129,15 @@ class TrainConfig:
     )
     gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "pretrain")
 
-    # optimization; a global batch of 256 is 8 GPUs x 32, as in LLaVA
+    # optimization; a global batch of 256 is 8 GPUs x 32, as in LLaVA. N of Eq. 11 is of one
+    # micro-batch: with a smaller batch_size and more grad_accum, fewer words are told apart.
     batch_size: int = flag(32, "samples per GPU in one forward pass", least=1)
     grad_accum: int = flag(1, "forward passes per step; more of them for fewer GPUs", least=1)
     lr: float = flag(
         1e-3, "peak learning rate; linear warmup, then cosine to 0", least=1e-15, most=1
     )
     tune_vision: bool = flag(False, "train the vision tower too (Table 4)", "finetune")
+    # PAPER: Table 4 tunes the tower at 2e-6; LLaVA freezes it
     vision_lr: float = flag(2e-6, "peak learning rate of the vision tower", "finetune", most=1)
     warmup_ratio: float = flag(0.03, "share of the steps with linear warmup", most=1)
     clip_grad: float = flag(0.0, "largest norm of the gradient; 0: no clipping, as LLaVA")
@@ -177,6 +179,8 @@ _TOY = """
     --val_every 30 --save_every 60 --workers 0 --no-grad_checkpoint
 """
 SETTINGS = {
+    # PAPER: Appendix B calls the data of stage 1 "the same as LLaVA-1.5, specifically CC-595K". That
+    # is the first LLaVA's; LLaVA-1.5 has these 558K.
     ("llava15", "pretrain"): "",
     ("llava15", "finetune"): f"{_FINETUNE} --data data/llava_v1_5_mix665k.json",
     # PAPER: SEA-PRIME follows LLaVA's hyperparameters. Cambrian-1's 4e-5 at a batch of 512, scaled
@@ -452,7 +456,9 @@ def train_step(run, batches, step, signals=0):
     run.schedule.step()
     run.optimizer.zero_grad()
     with torch.no_grad():
-        run.model.log_scale.clamp_(max=math.log(100))  # PAPER: τ is kept above 0.01, as CLIP does
+        # PAPER: τ is kept above 0.01, as in CLIP. The paper's 2,181 steps of stage 1 let it fall to
+        # 0.34 at most.
+        run.model.log_scale.clamp_(max=math.log(100))
     return {"step": step} | metrics
 
 

@@ -1561,7 +1561,11 @@ def red_and_blue(tmp_path):
     )
 
     def make(name="labels", ids=ids):
-        return hand_store(tmp_path / name, ["sky", "wall", "door"], ids, scores, shard=1, **meta)
+        words = ["sky", "wall", "door"]
+        folder = hand_store(tmp_path / name, words, ids, scores, shard=1, **meta)
+        word_embeds = word_embeddings(load_encoder(str(tmp_path / "clip")), words, "the {}")
+        np.save(folder / "words.npy", word_embeds.numpy())
+        return folder
 
     make.truth = truth
     return make
@@ -1570,29 +1574,35 @@ def red_and_blue(tmp_path):
 def test_show_prints_how_many_how_sure_and_which_words(red_and_blue, tmp_path, capsys):
     main(["show", "--labels", str(red_and_blue()), "--out", f"{tmp_path}/out.png"])
     printed = capsys.readouterr().out
-    assert (
-        "2 images, 3 words" in printed and "75.0% of the patches" in printed
-    )  # 6 of 8 patches have a label
-    assert re.search(r"\b1\.1 of at most 2\b", printed)  # 9 labels on 8 patches
+    assert "2 images, 3 words" in printed
+    assert "these labels:  75.0% labelled, lift" in printed  # 6 of 8 patches have a label
     bars = re.findall(r"score (\S+) to (\S+) +(\S+)% (#*)$", printed, re.M)
     assert [(low, high) for low, high, *_ in bars[:2]] == [("0.500", "0.525"), ("0.525", "0.550")]
     assert [share for *_, share, _ in bars] == ["55.6", *["0.0"] * 8, "44.4"]
     assert [len(bar) for *_, bar in bars] == [28, *[0] * 8, 22]  # # is 2 %
-    # door three times, wall twice, sky once: 1/2 log2(2) + 1/3 log2(3) + 1/6 log2(6) = 1.459
-    # bits, 2^1.459 = 2.75
-    assert "3 different top words, 1.5 bits of entropy (as of 3 equally" in printed
-    assert "door 50.0%, wall 33.3%, sky 16.7%" in printed
-    assert "warning" not in printed and "share" not in printed
+    assert "3 different top words, how often: {'door': 3, 'wall': 2, 'sky': 1}" in printed
+    assert "true:" not in printed
 
 
-@pytest.mark.parametrize("word, share", [(1, "100.0%"), (-1, "0.0%")])
-def test_show_warns_where_min_score_decides_nothing(red_and_blue, tmp_path, capsys, word, share):
-    folder = red_and_blue(ids=np.full((2, 4, 2), word))
-    main(["show", "--labels", str(folder), "--out", f"{tmp_path}/out.png"])
-    printed = capsys.readouterr().out
-    assert f"{share} of the patches" in printed
-    assert f"warning: min_score 0.1 lets {share} of the n nearest words pass" in printed
-    assert (" 0.0 bits" in printed) and f"{int(word >= 0)} different top words" in printed
+def test_show_of_one_word_and_of_none(red_and_blue, tmp_path, capsys):
+    for word, share in ((1, "100.0%"), (-1, "0.0%")):
+        folder = red_and_blue(f"labels{word}", ids=np.full((2, 4, 2), word))
+        main(["show", "--labels", str(folder), "--out", f"{tmp_path}/out.html"])
+        printed = capsys.readouterr().out
+        assert re.search(f"these labels: +{share} labelled", printed)
+        assert f"{int(word >= 0)} different top words" in printed
+
+
+def test_caption_lift_by_hand():
+    """Of three images two have a word of their own caption, and the first one of the last's."""
+    captions = ["A dog, a cat.", "The red car", "one bird and a dog"]
+    words = [["dog", "dog", "sky"], ["car", "", "car"], ["tree", "tree", "road"]]
+    patches = [[[(word, 0.5)] if word else [] for word in of_image] for of_image in words]
+    # own: dog, car. shift 1: none. shift 2: dog in the third. 3: own again. 4 and 5: as 1 and 2.
+    assert labels.caption_lift(captions, patches).tolist() == [2, 2, 1, 2, 2]
+    rare = [("a", 5), ("b", 4), ("c", 3), ("dog", 1)]  # not among the three most frequent
+    many = [[[(word, 1.0)]] * count for word, count in rare]
+    assert labels.caption_lift(["dog", "x"], [sum(many, []), []]).tolist() == [0] * 5
 
 
 def share_by_hand(truth, best):
@@ -1627,9 +1637,14 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
         ]
     )
     printed = capsys.readouterr().out
-    assert (
-        "these labels: object 0.750, background 0.333, all 0.571" in printed
-    )  # 3 of 4, 1 of 3, 4 of 7
+    lines = [line.strip() for line in printed.splitlines()]
+
+    def shares_of(name):
+        [at] = [i for i, line in enumerate(lines) if line.startswith(name)]
+        return lines[at + 1]
+
+    # 3 of 4, 1 of 3, 4 of 7
+    assert shares_of("these labels:") == "true: object 0.750, background 0.333, all 0.571"
     words, rows = word_embeds.double(), set()
     words = F.normalize(words - words.mean(0), dim=-1)
     for path in ("last", "value", "vv"):
@@ -1649,9 +1664,7 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
             shares = ", ".join(
                 f"{k} {v:.3f}" for k, v in share_by_hand(red_and_blue.truth, best).items()
             )
-            assert f"{path}, sign {sign:+}: {shares}" in [
-                line.strip() for line in printed.splitlines()
-            ]
+            assert shares_of(f"{path}, sign {sign:+}:") == f"true: {shares}"
             rows.add(shares)
     assert len(rows) > 2
 
@@ -1726,7 +1739,7 @@ def test_show_of_the_tiny_world(store, tmp_path, capsys):
     share = np.mean(
         [(LabelStore(store)[i][0] >= 0).any(-1).float().mean().item() for i in range(24)]
     )
-    assert f"{share:.1%} of the patches have a label" in capsys.readouterr().out
+    assert re.search(f"these labels: +{share:.1%} labelled", capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------------------------------------- CLI
