@@ -805,8 +805,8 @@ def show(
 
 
 def caption_lift(captions, labels):
-    """How often an image's three most frequent top words stand in its own caption, over how often
-    in another's: 1 by chance, more if the labels are right.
+    """How often a patch's top word stands in the caption of its image, over how often in another's:
+    1 by chance, more if labels are right. It does not see whether a word is at the right place.
 
     captions: of the images; labels: of their patches, as of with_words. -> [5], with the caption of
     the next image, of the one after it, and so on as the other.
@@ -814,10 +814,10 @@ def caption_lift(captions, labels):
     words = [set(caption) for caption in _caption_words(captions, "")]
     hits = np.zeros(6)
     for i, patches in enumerate(labels):
-        counts = collections.Counter(label[0][0] for label in patches if label)
-        top_words = dict(counts.most_common(3)).keys()
+        top_words = [label[0][0] for label in patches if label]
         for shift in range(6):
-            hits[shift] += len(top_words & words[(i + shift) % len(words)])
+            caption = words[(i + shift) % len(words)]
+            hits[shift] += sum(word in caption for word in top_words)
     return hits[0] / hits[1:].clip(1)
 
 

@@ -179,8 +179,8 @@ _TOY = """
     --val_every 30 --save_every 60 --workers 0 --no-grad_checkpoint
 """
 SETTINGS = {
-    # PAPER: Appendix B calls the data of stage 1 "the same as LLaVA-1.5, specifically CC-595K". That
-    # is the first LLaVA's; LLaVA-1.5 has these 558K.
+    # PAPER: Appendix B has "the same data as LLaVA-1.5, specifically the CC-595K". That is the
+    # first LLaVA's; LLaVA-1.5 has these 558K.
     ("llava15", "pretrain"): "",
     ("llava15", "finetune"): f"{_FINETUNE} --data data/llava_v1_5_mix665k.json",
     # PAPER: SEA-PRIME follows LLaVA's hyperparameters. Cambrian-1's 4e-5 at a batch of 512, scaled
