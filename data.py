@@ -277,7 +277,9 @@ def chat_messages(sample, image_tokens=1):
     """LLaVA's turns -> the messages of a chat template, with <image> image_tokens times.
 
     As in LLaVA the image is moved to the start of its turn. If no turn has <image>, it goes to the
-    start of the first human turn. An answer before the first question is dropped.
+    start of the first human turn. An answer before the first question is dropped. Texts are
+    stripped. Unlike LLaVA, the chat is encoded as a whole, as the exported processor does it:
+    LLaVA's own code has one untrained piece more after the image with SentencePiece tokenizers.
     """
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = []
