@@ -6,8 +6,8 @@
     python bench.py words               labels.nearest_words against the bare matrix product
 
 To plan a run, the model is built on the meta device: config, tokenizer and preprocessor files are
-read, weights are not, and nothing is written. Counts are exact. Memory is estimated by the formulas
-below, for bf16 on GPUs unless --dtype float32.
+read, weights are not (but those of an adapter), and nothing is written. Counts are exact. Memory is
+estimated by the formulas below, for bf16 on GPUs unless --dtype float32.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -33,7 +32,7 @@ from data import (
     parse_json,
     run_command,
 )
-from labels import nearest_words, rank_device, write_file
+from labels import nearest_words, rank, rank_device, write_file
 
 # Number of samples in the recipes' files, to plan before the download. The last two are rounded.
 SAMPLES = {
@@ -51,7 +50,7 @@ SPEED = 0.4 * 989e12  # operations a second: a share, assumed, of what an H100 o
 
 
 def plan(cfg, model, dtype):
-    """Print what a run of this config on cfg.dry_run GPUs needs, or --check_data.
+    """Print what a run of this config on cfg.dry_run GPUs needs; with --check_data, check its data.
 
     model, dtype: of train.build_model, on the meta device. Returns the printed figures; those of
     memory and disk are in bytes.
@@ -248,13 +247,17 @@ def kept_bytes(block, width, size):
 def check_data(cfg, model):
     """Read all samples and images of --data; write those that can be trained on to --check_data.
 
-    UserError if there are others; each has a line in a .txt beside that file.
+    UserError if there are others; each has a line in a file of that name and .txt.
     """
+    if rank() != 0:
+        return
     out = Path(cfg.check_data)
-    if out.exists():
-        raise UserError(f"--check_data {out} exists: give the name of a new file")
+    if out.exists() or out.suffix != ".jsonl":
+        raise UserError(f"--check_data {out}: give the name of a new file that ends in .jsonl")
     content = Path(cfg.data).read_bytes()
     rows = content.splitlines() if cfg.data.endswith("l") else parse_json(content, cfg.data)
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{cfg.data}: expected a list of samples")
     dataset = LlavaDataset(
         [],
         cfg.image_folder,
@@ -265,7 +268,7 @@ def check_data(cfg, model):
         text="caption" if cfg.stage == "pretrain" else "chat",
     )
     check = functools.partial(check_row, cfg, dataset)
-    numbered = list(enumerate(rows, 1))
+    numbered = [(i, row) for i, row in enumerate(rows, 1) if row != b""]
     loader = DataLoader(numbered, batch_size=None, num_workers=cfg.workers, collate_fn=check)
     good = []
     bad = []
@@ -276,13 +279,13 @@ def check_data(cfg, model):
         results.append(result)
 
     write_file(out, "".join(json.dumps(sample) + "\n" for sample in good))
-    cut = np.greater(lengths, cfg.max_length).sum()
+    cut = sum(length > cfg.max_length for length in lengths)
     print(
         f"{len(good):,} good samples in {out}; the longest has {max(lengths):,} "
         f"positions; --max_length {cfg.max_length} cuts {cut:,}"
     )
     if bad:
-        report = out.with_suffix(".txt")
+        report = Path(f"{out}.txt")
         write_file(report, "\n".join(bad) + "\n")
         raise UserError(f"{len(bad):,} bad samples, all in {report}; the first: {bad[0]}")
 
@@ -327,27 +330,25 @@ def compare(functions, repeats):
     return seconds
 
 
-def time_search(
-    patches: int = 4096, words: int = 400_000, dim: int = 768, n: int = 10, repeats: int = 5
-):
+def time_search(patches: int = 4096, words: int = 400_000, dim: int = 768, repeats: int = 5):
     """Time nearest_words on random unit vectors against the bare products of the same shapes."""
     device = rank_device()
     patch_embeds = F.normalize(torch.randn(patches, dim, device=device), dim=-1)
     word_embeds = F.normalize(torch.randn(words, dim, device=device), dim=-1)
     bf16_patches = patch_embeds.bfloat16()
     bf16_words = word_embeds.bfloat16()
-    print(f"{patches:,} patches, {words:,} words, {dim} numbers each, top {n}, {device}")
+    print(f"{patches:,} patches, {words:,} words, {dim} numbers each, {device}")
     searches = {
-        "nearest_words": lambda: nearest_words(patch_embeds, word_embeds, n, sign=1),
+        "nearest_words": lambda: nearest_words(patch_embeds, word_embeds, LABELS, sign=1),
         "product in float32": lambda: multiply(patch_embeds, word_embeds),
         "product in bfloat16": lambda: multiply(bf16_patches, bf16_words),
     }
     return compare(searches, repeats)
 
 
-def multiply(patch_embeds, word_embeds, block=8192):
+def multiply(patch_embeds, word_embeds):
     """All products of the rows of both, block by block: together they might not fit in memory."""
-    for rows in word_embeds.split(block):
+    for rows in word_embeds.split(8192):
         patch_embeds @ rows.T
 
 

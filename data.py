@@ -637,8 +637,8 @@ def cli(main):
     try:
         main()
     except (UserError, OSError, CheckpointException) as e:
-        # From a DataLoader worker, or as a checkpoint is written, it comes with a traceback.
-        message = re.split("UserError: |OSError: ", str(e))[-1]
+        # From a DataLoader worker, or as a checkpoint is written, it ends a traceback.
+        message = re.split(r"(?m)^(?:data\.UserError|OSError): ", str(e))[-1]
         sys.exit(f"error: {' '.join(message.split())[:600]}")
     except ModuleNotFoundError as e:
         sys.exit(

@@ -109,7 +109,7 @@ def alignment_sums(model, dataset, device):
         out = model(**batch, num_targets=1)  # divided by 1, loss_g stays a sum over tokens
 
         x_v = out["inputs"][batch["image_places"]]
-        x_t = out["inputs"][batch["trained"][:-1]]  # a caption's last token is a newline
+        x_t = out["inputs"][batch["trained"][:-1]]  # a caption ends with a newline
         score = tacs(x_v, x_t) if len(x_v) and len(x_t) else 0.0
         if own == i:
             found = (float(score), len(x_v) > 0, float(out["loss_g"]), len(batch["trained"]))

@@ -18,6 +18,7 @@ from PIL import ImageColor
 from torchvision.transforms.functional import to_pil_image
 
 from data import UserError, read_json_lines
+from labels import write_file
 
 # ------------------------------------------------------------------------------- words over patches
 
@@ -39,9 +40,13 @@ def draw_words(images, grid, file):
     for _, _, panels in images:
         for patches in panels.values():
             counts.update(labels[0][0] for labels in patches if labels)
-    names = ImageColor.colormap  # a word that is a color gets that color
-    palette = (color for color in PALETTE.split() if color not in map(names.get, counts))
-    colors = {word: names.get(word) or next(palette, GREY) for word, _ in counts.most_common()}
+    palette = iter(PALETTE.split())
+    colors = {}
+    for word, _ in counts.most_common():
+        if word in ImageColor.colormap:  # a word that is a color gets that color
+            colors[word] = "#" + bytes(ImageColor.getrgb(word)).hex()
+        else:
+            colors[word] = next(palette, GREY)
 
     shown = []
     for name, pixels, panels in images:
@@ -52,7 +57,7 @@ def draw_words(images, grid, file):
     content = json.dumps({"grid": grid, "colors": colors, "images": shown})
     content = content.replace("<", r"\u003c")  # no word ends the script
     page = Path(f"{file}".removesuffix(".html") + ".html")
-    page.write_text(PAGE.replace("DATA", content))
+    write_file(page, PAGE.replace("DATA", content))
     print(f"wrote {page}")
 
 
@@ -84,6 +89,7 @@ PAGE = r"""<!doctype html>
 <script>
 const data = DATA;
 const [H, W] = data.grid;
+Object.setPrototypeOf(data.colors, null);  // "constructor" is a word like any other
 const slider = document.getElementById("slider");
 let chosen = "";  // the word whose patches are lit
 let here = 0;  // the patch whose labels are listed
@@ -130,7 +136,7 @@ function addPanel(image, title, patches) {
   panel.patches = patches;
   const grid = add(picture, "patches");
   grid.style.gridTemplate = `repeat(${H}, 1fr) / repeat(${W}, 1fr)`;
-  const counts = {};
+  const counts = Object.create(null);
   patches.forEach((labels, patch) => {
     const top = labels.length ? labels[0][0] : "";
     const isLit = chosen ? labels.some(([word]) => word === chosen) : top;
@@ -228,13 +234,16 @@ def step_in(path):
 
 
 def print_gains(before, after, measures):
-    """Print what two histories have of these measures at their ends, and the mean relative gain."""
+    """Print what two histories have of these measures at their last common step, and the mean of
+    the relative gains; measures that were 0 have none."""
     gains = []
     for name in measures:
-        if name in before:
-            old, new = (steps[name][max(steps[name])] for steps in (before, after))
-            gains.append(new / max(old, 1e-9) - 1)
-            print(f"{name:30} {old:8.3f} -> {new:.3f} ({gains[-1]:+.2%})")
+        for step in sorted(before.get(name, {}).keys() & after[name].keys())[-1:]:
+            old = before[name][step]
+            new = after[name][step]
+            print(f"{name:30} {old:8.3f} -> {new:.3f} at step {step}")
+            if old:
+                gains.append(new / old - 1)
     if gains:
         print(f"average relative gain of {len(gains)} benchmarks: {np.mean(gains):+.2%}")
 

@@ -300,11 +300,11 @@ def _vv_attention(attention, x):
 
 
 @torch.no_grad()
-def word_embeddings(encoder, words, prompt=PROMPT, batch_size=256):
+def word_embeddings(encoder, words, prompt=PROMPT):
     """T = h(W) (Eq. 7): q words -> [q, d], L2-normalised. prompt: a text with {} for the word."""
     embeds = []
-    for start in tqdm(range(0, len(words), batch_size), "embedding words"):
-        texts = [prompt.replace("{}", word) for word in words[start : start + batch_size]]
+    for start in tqdm(range(0, len(words), 256), "embedding words"):
+        texts = [prompt.replace("{}", word) for word in words[start : start + 256]]
         tokens = encoder.tokenizer(texts).to(encoder.logit_scale.device)
         embeds.append(F.normalize(encoder.encode_text(tokens).float(), dim=-1))
         if not embeds[-1].isfinite().all():
@@ -758,15 +758,17 @@ def show(
     out: str = "labels.html",
     images: int = 20,
     truth: str = "",
+    compare: bool = False,
     data: str = "",
     image_folder: str = "",
 ):
     """Print what the labels of up to 500 images are like, and write a page with some of the images.
 
-    Then, of these labels and of new ones by each path and sign of the encoder: how many patches
-    have a label, and the caption_lift, by which one can choose without knowing the truth.
-    images: how many are on the page, at most. truth: a JSON file of true words, as toy.py writes
-    it, for the share of top words that are true. data, image_folder: if they have moved.
+    Then how many patches have a label, and the caption_lift, by which one can judge labels without
+    knowing the truth. compare: also of new labels by each path and sign of the encoder, which takes
+    minutes on a GPU. images: how many are on the page, at most. truth: a JSON file of true words,
+    as toy.py writes it, for the share of top words that are true. data, image_folder: if they have
+    moved.
     """
     from figures import draw_words
 
@@ -791,7 +793,9 @@ def show(
     captions = [samples[row]["conversations"][1]["value"] for row in rows]
     captions = dict(zip(files, captions)).values()  # an image may occur twice
     trials = [("these labels", ids, scores)]
-    for name, *trial in itertools.chain(trials, _try_paths(store, samples, rows)):
+    if compare:
+        trials = itertools.chain(trials, _try_paths(store, samples, rows))
+    for name, *trial in trials:
         labels_of = with_words(files, store.words, *trial)
         lifts = caption_lift(captions, labels_of.values())
         has_label = list(map(bool, itertools.chain(*labels_of.values())))
@@ -800,24 +804,22 @@ def show(
             f"({min(lifts):.2f} to {max(lifts):.2f})"
         )
         if truth:
-            shares = true_share(truth, labels_of).items()
-            print("true:", ", ".join(f"{kind} {share:.3f}" for kind, share in shares))
+            print("true:", true_share(truth, labels_of))
 
 
 def caption_lift(captions, labels):
     """How often a patch's top word stands in the caption of its image, over how often in another's:
     1 by chance, more if labels are right. It does not see whether a word is at the right place.
 
-    captions: of the images; labels: of their patches, as of with_words. -> [5], with the caption of
-    the next image, of the one after it, and so on as the other.
+    captions: of the images; labels: of their patches, as of with_words. -> up to five values, with
+    the caption of the next image, of the one after it, and so on as the other.
     """
     words = [set(caption) for caption in _caption_words(captions, "")]
-    hits = np.zeros(6)
+    hits = np.zeros(max(2, min(6, len(words))))  # of one image alone it is always 1
     for i, patches in enumerate(labels):
         top_words = [label[0][0] for label in patches if label]
-        for shift in range(6):
-            caption = words[(i + shift) % len(words)]
-            hits[shift] += sum(word in caption for word in top_words)
+        for shift in range(len(hits)):
+            hits[shift] += sum(word in words[(i + shift) % len(words)] for word in top_words)
     return hits[0] / hits[1:].clip(1)
 
 
@@ -872,7 +874,7 @@ def true_share(truth, labels_of):
     except Exception as e:  # any other shape
         raise UserError(f"--truth {truth}: not a truth file of these images ({e!r})"[:300]) from e
     hits["all"] = sum(hits.values(), [])
-    return {kind: float(np.mean(is_true)) for kind, is_true in hits.items()}
+    return {kind: round(float(np.mean(is_true)), 3) for kind, is_true in hits.items()}
 
 
 def main(argv=None):

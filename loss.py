@@ -196,8 +196,8 @@ def contrastive_loss(x, t, log_scale, rows=slice(None)):
     x [N, D] visual tokens, t [N, D] word features, log_scale one element -> scalar. It is 0, and
     has a backward pass, when N = 0. Computed in float32 or better, even under autocast (on a GPU
     in TF32 if that is on).
-    rows: the pairs whose terms are added up, all by default. Losses over disjoint rows add up to
-    the whole loss.
+    rows: the pairs whose terms are added up, in ascending order; all by default. Losses over
+    disjoint rows add up to the whole loss.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(_at_least_float32(x), dim=-1)

@@ -240,6 +240,7 @@ def parse_config(argv=None):
 
 
 def refuse_contradictions(cfg, given):
+    is_dry = cfg.dry_run or cfg.check_data
     is_single = max(cfg.dry_run, world_size()) == 1
     parts = {"llm", "vision"} & given.keys()
     for is_wrong, message in (
@@ -249,7 +250,7 @@ def refuse_contradictions(cfg, given):
         ),
         (cfg.image_mode and cfg.sea_weight, "--image_mode pad has no labels: use --sea_weight 0"),
         (
-            cfg.stage == "finetune" and not (cfg.init or parts or cfg.dry_run),
+            cfg.stage == "finetune" and not (cfg.init or parts or is_dry),
             "--stage finetune needs --init, the --out_dir of its stage 1 (such as out/pretrain), "
             "or --llm and --vision to train without a stage 1",
         ),
@@ -259,7 +260,7 @@ def refuse_contradictions(cfg, given):
             f"--init {cfg.init} has not finished: name one of its checkpoints",
         ),
         (
-            cfg.fsdp and "RANK" not in os.environ and not cfg.dry_run,
+            cfg.fsdp and "RANK" not in os.environ and not is_dry,
             "--fsdp needs torchrun, on a single GPU too: torchrun --nproc_per_node=1 train.py",
         ),
     ):
@@ -389,7 +390,6 @@ def train(run, train_set, val_set, first_step, steps, signals):
         seconds = time.perf_counter() - start
         is_interrupted = metrics.pop("signals")
         metrics["samples_per_s"] = cfg.global_batch() / seconds
-        metrics["positions_per_s"] = metrics.pop("positions") / seconds
         bar.update()
         if step % cfg.log_every == 0 or step == steps:
             log(metrics)
@@ -403,7 +403,7 @@ def train(run, train_set, val_set, first_step, steps, signals):
 def train_step(run, batches, step, signals=0):
     """One optimizer step over this rank's micro-batches -> metrics, of all ranks together.
 
-    Metrics are the only thing a GPU is waited for, once.
+    Metrics are the only thing a GPU is waited for, once; with --gather_pairs the pairs, too.
     """
     cfg = run.cfg
     targets = sum(len(batch["trained"]) for batch in batches)
@@ -413,7 +413,7 @@ def train_step(run, batches, step, signals=0):
     for i, batch in enumerate(batches):
         index = batch.pop("index")
         samples += index
-        sums["positions"] += int(batch.pop("attention_mask").sum())
+        del batch["attention_mask"]
         for name in ("input_ids", "image_places", "trained", "pixels"):  # not labels
             batch[name] = batch[name].to(run.device, non_blocking=True)
 

@@ -683,18 +683,20 @@ def test_every_bad_sample_is_listed_and_the_good_ones_are_written(
     lines = [json.dumps(row) for row in rows]
     text = f"[{','.join(lines)}]"
     if suffix == ".jsonl":
-        text = "\n".join([*lines, "{"])
+        text = "\n".join([*lines, "{"]) + "\n\n"  # a blank line is no sample
     (tmp_path / f"data{suffix}").write_text(text)
     given = ["--data", f"{tmp_path}/data{suffix}", "--check_data", f"{tmp_path}/good.jsonl"]
     argv = [*flags, *given, "--max_length", "60", "--out_dir", f"{tmp_path}/out"]
     count = 5 + (suffix == ".jsonl")
-    with pytest.raises(UserError, match=f"{count} bad samples, all in .*good.txt; the first: "):
+    with pytest.raises(
+        UserError, match=f"{count} bad samples, all in .*good.jsonl.txt; the first: "
+    ):
         train.main(argv)
     (world / "images/broken.png").unlink()
     good = [row for i, row in enumerate(rows) if i not in (3, 4, 6, 7, 9)]
     found = [json.loads(line) for line in (tmp_path / "good.jsonl").read_text().splitlines()]
     assert found == good and len(data.load_samples(tmp_path / "good.jsonl")) == 7
-    problems = (tmp_path / "good.txt").read_text().splitlines()
+    problems = (tmp_path / "good.jsonl.txt").read_text().splitlines()
     assert len(problems) == count
     for name in ("nowhere.png", "broken.png", "sample 7: an answer is empty", "sample 8: needs",
                  "sample 10: needs"):  # fmt: skip
@@ -704,7 +706,7 @@ def test_every_bad_sample_is_listed_and_the_good_ones_are_written(
     assert "7 good samples" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
-    with pytest.raises(UserError, match="good.jsonl exists"):  # nothing is overwritten
+    with pytest.raises(UserError, match="good.jsonl: give the name of a new"):  # no overwriting
         train.main(argv)
     given = ["--data", f"{tmp_path}/good.jsonl", "--check_data", f"{tmp_path}/again.jsonl"]
     train.main([*flags, *given, "--max_length", "60", "--workers", "2"])
@@ -712,7 +714,22 @@ def test_every_bad_sample_is_listed_and_the_good_ones_are_written(
     longest, _ = data.encode_conversation(good[1], built.tokenizer, built.image_tokens, 999)
     expected = f"the longest has {len(longest)} positions; --max_length 60 cuts 1"
     assert expected in capsys.readouterr().out
-    assert not (tmp_path / "again.txt").exists()
+    assert not (tmp_path / "again.jsonl.txt").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "5", ""])
+def test_a_file_without_samples_is_refused_by_the_check(flags, tmp_path, content):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(UserError, match="data.json.*(expected a list of samples|not valid JSON)"):
+        train.main([*flags, "--data", f"{tmp_path}/data.json", "--check_data", "x.jsonl"])
+    with pytest.raises(UserError, match="ends in .jsonl"):
+        train.main([*flags, "--check_data", f"{tmp_path}/good.json"])
+
+
+def test_under_torchrun_rank_0_checks_alone(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    train.main([*flags, "--fsdp", "--check_data", f"{tmp_path}/good.jsonl"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_data_of_stage_2_are_checked_as_chats(flags, world, tmp_path, capsys):

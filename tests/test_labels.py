@@ -601,7 +601,7 @@ def test_paths_that_a_tower_does_not_have_are_refused(encoder):
     [
         ({}, "a photo of a {}."),
         (dict(prompt="{}"), "{}"),
-        (dict(prompt="some {} here", batch_size=2), "some {} here"),
+        (dict(prompt="some {} here"), "some {} here"),
     ],
 )
 def test_word_embeddings_equal_encode_text_one_by_one(encoder, keywords, prompt):
@@ -1598,10 +1598,12 @@ def test_caption_lift_by_hand():
     captions = ["A dog, a cat.", "The red car", "one bird and a dog"]
     words = [["dog", "dog", "sky"], ["car", "", "car"], ["tree", "tree", "road"]]
     patches = [[[(word, 0.5)] if word else [] for word in of_image] for of_image in words]
-    # own: dog twice, car twice. 1: none. 2: dog twice in the third. 3: own again. 4, 5: as 1, 2.
-    assert labels.caption_lift(captions, patches).tolist() == [4, 2, 1, 4, 2]
+    # own: dog twice, car twice. The next one's: none. The one's after it: dog twice.
+    assert labels.caption_lift(captions, patches).tolist() == [4, 2]
     nothing = [[[] for _ in of_image] for of_image in words]
-    assert labels.caption_lift(captions, nothing).tolist() == [0] * 5
+    assert labels.caption_lift(captions, nothing).tolist() == [0, 0]
+    assert len(labels.caption_lift(captions * 3, patches * 3)) == 5
+    assert labels.caption_lift(captions[:1], patches[:1]).tolist() == [1]  # says nothing
 
 
 def share_by_hand(truth, best):
@@ -1633,6 +1635,7 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
             f"{tmp_path}/out.png",
             "--truth",
             f"{tmp_path}/truth.json",
+            "--compare",
         ]
     )
     printed = capsys.readouterr().out
@@ -1643,7 +1646,8 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
         return lines[at + 1]
 
     # 3 of 4, 1 of 3, 4 of 7
-    assert shares_of("these labels:") == "true: object 0.750, background 0.333, all 0.571"
+    expected = {"object": 0.75, "background": 0.333, "all": 0.571}
+    assert shares_of("these labels:") == f"true: {expected}"
     words, rows = word_embeds.double(), set()
     words = F.normalize(words - words.mean(0), dim=-1)
     for path in ("last", "value", "vv"):
@@ -1660,9 +1664,8 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
                 best[name] = [
                     ["sky", "wall", "door"][s.argmax()] if s.max() > 0 else "" for s in scores
                 ]
-            shares = ", ".join(
-                f"{k} {v:.3f}" for k, v in share_by_hand(red_and_blue.truth, best).items()
-            )
+            by_hand = share_by_hand(red_and_blue.truth, best).items()
+            shares = str({kind: round(float(share), 3) for kind, share in by_hand})
             assert shares_of(f"{path}, sign {sign:+}:") == f"true: {shares}"
             rows.add(shares)
     assert len(rows) > 2

@@ -131,11 +131,13 @@ def test_the_preset_labels_the_toy_and_trains_on_it(small, monkeypatch, tmp_path
             "--truth",
             "toy/truth.json",
             "--out",
-            str(tmp_path / "l.png"),
+            str(tmp_path / "l.html"),
+            "--compare",
         ]
     )
     shares = re.findall(
-        r"(\w+, sign [+-]1|labels): object (\S+), background (\S+), all (\S+)",
+        r"(\w+, sign [+-]1|labels): .* lift (\S+) .*\n"
+        r"true: {'object': (\S+), 'background': (\S+), 'all': (\S+)}",
         capsys.readouterr().out,
     )
     assert [name for name, *_ in shares] == [
@@ -143,6 +145,10 @@ def test_the_preset_labels_the_toy_and_trains_on_it(small, monkeypatch, tmp_path
         *(f"{path}, sign {sign}" for path in ("value", "last", "vv") for sign in ("+1", "-1")),
     ]
     assert shares[0][1:] == shares[1][1:]  # the toy's labels are of its value path, +cos
+    # without the truth, the lift tells which sign is right
+    for right, wrong in zip(shares[1::2], shares[2::2]):
+        assert float(right[1]) > 1.5 > 1 > float(wrong[1])
+        assert float(right[-1]) > float(wrong[-1])
     with pytest.raises(UserError, match="toy exists: remove it"):
         toy.build(small)
 
