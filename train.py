@@ -82,8 +82,11 @@ from model import (
     save_llava,
 )
 
-# Said when plain python saves or loads a checkpoint, which is fine.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+# Said when plain python saves or loads a checkpoint, and when a plan, whose model has only shapes,
+# meets an adapter's weights. Both are fine.
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled|for .*: copying from a non-meta"
+)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what schedulers send
 
