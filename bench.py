@@ -1,9 +1,12 @@
-"""Before a run: what it will cost, whether its data are whole, and how fast the labels are found.
+"""Before a run: what it will cost, and whether its data are whole.
 
     python train.py --stage pretrain --dry_run 8      the paper's run on 8 GPUs, on any computer
     python train.py --stage finetune --fsdp --dry_run 8
     python train.py --stage pretrain --check_data good.jsonl      all samples and images, once
-    python bench.py words               labels.nearest_words against the bare matrix product
+    python bench.py step                a training step beside transformers' Llava: time, memory
+    python bench.py words | padding | gpu       the search, stage 2's padding, all on one GPU
+
+What bench.py times is in tests/speed.py.
 
 To plan a run, the model is built on the meta device: config, tokenizer and preprocessor files are
 read, weights are not (but those of an adapter), and nothing is written. Counts are exact. Memory is
@@ -14,12 +17,9 @@ import dataclasses
 import functools
 import json
 import math
-import statistics
-import time
 from pathlib import Path
+from runpy import run_path
 
-import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -27,12 +27,10 @@ from data import (
     LlavaDataset,
     UserError,
     check_sample,
-    cli,
     load_samples,
     parse_json,
-    run_command,
 )
-from labels import nearest_words, rank, rank_device, write_file
+from labels import rank, write_file
 
 # Number of samples in the recipes' files, to plan before the download. The last two are rounded.
 SAMPLES = {
@@ -63,7 +61,7 @@ def plan(cfg, model, dtype):
     cpu = {"while loading": loaded * min(ranks, 8)}  # a node has up to 8 ranks; each loads all
 
     params = {"all": count_parameters(model), "trained": count_parameters(model, trained=True)}
-    steps = plan_steps(cfg, ranks, model.image_tokens)
+    steps = plan_steps(cfg, ranks)
     typical = min(cfg.max_length, model.image_tokens + TEXT_LENGTH[cfg.stage])
     gpu = {length: gpu_memory(cfg, model, ranks, length) for length in (typical, cfg.max_length)}
     disk = plan_disk(cfg, steps, params, dtype, model.image_tokens)
@@ -95,21 +93,19 @@ def numel(parameters, trained=False):
     return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
-def plan_steps(cfg, ranks, image_tokens):
+def plan_steps(cfg, ranks):
     file = Path(cfg.data)
     if not file.is_file() and file.name in SAMPLES:
         samples = SAMPLES[file.name]
     else:
         samples = len(load_samples(file, captions=cfg.stage == "pretrain"))
     batch = cfg.batch_size * cfg.grad_accum * ranks
-    steps = cfg.max_steps or math.ceil(cfg.epochs * samples / batch)
+    steps = cfg.max_steps or math.ceil(samples / batch)
     return {
         "samples": samples,
         "samples a step": batch,
         "steps": steps,
         "warmup steps": math.ceil(cfg.warmup_ratio * steps),
-        "image tokens a step": batch * image_tokens,
-        "positions a step, at most": batch * cfg.max_length,
     }
 
 
@@ -302,59 +298,5 @@ def check_row(cfg, dataset, numbered_row):
         return str(e), 0
 
 
-# ----------------------------------------------------------------------------- speed
-
-
-def compare(functions, repeats):
-    """Run functions in turn, once to warm up and `repeats` times -> {name: seconds of each run}.
-
-    Prints each median time, and how much of it the first function takes: the median, and the least
-    to greatest, of the ratios within a turn.
-    """
-    seconds = {name: [] for name in functions}
-    for turn in range(1 + repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
-    first = next(iter(seconds))
-    for name, values in seconds.items():
-        ratios = sorted(a / b for a, b in zip(seconds[first], values))
-        print(
-            f"{name:24}{statistics.median(values):9.3f} s   {first} takes "
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) of it"
-        )
-    return seconds
-
-
-def time_search(patches: int = 4096, words: int = 400_000, dim: int = 768, repeats: int = 5):
-    """Time nearest_words on random unit vectors against the bare products of the same shapes."""
-    device = rank_device()
-    patch_embeds = F.normalize(torch.randn(patches, dim, device=device), dim=-1)
-    word_embeds = F.normalize(torch.randn(words, dim, device=device), dim=-1)
-    bf16_patches = patch_embeds.bfloat16()
-    bf16_words = word_embeds.bfloat16()
-    print(f"{patches:,} patches, {words:,} words, {dim} numbers each, {device}")
-    searches = {
-        "nearest_words": lambda: nearest_words(patch_embeds, word_embeds, LABELS, sign=1),
-        "product in float32": lambda: multiply(patch_embeds, word_embeds),
-        "product in bfloat16": lambda: multiply(bf16_patches, bf16_words),
-    }
-    return compare(searches, repeats)
-
-
-def multiply(patch_embeds, word_embeds):
-    """All products of the rows of both, block by block: together they might not fit in memory."""
-    for rows in word_embeds.split(8192):
-        patch_embeds @ rows.T
-
-
-def main(argv=None):
-    return run_command(__doc__, {"words": time_search}, argv)
-
-
 if __name__ == "__main__":
-    cli(main)
+    run_path(str(Path(__file__).with_name("tests") / "speed.py"), run_name="__main__")

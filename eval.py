@@ -9,9 +9,10 @@
     python eval.py figures --model out/toy --baseline out/toy_baseline      Figures 2, 3 and 5
 
 --model takes the --out_dir of a training run, its model/, one of its checkpoints, or any Hugging
-Face Llava model. By default, tacs, gap and words measure on the captions and words of the training
-run, on its held-out captions if it has any. Results are appended to the run's eval.jsonl, which
-`figures` reads. Dimensions as in loss.py.
+Face Llava model; for tacs, gap, pope and vqa also checkpoints/, to measure all of them. By default,
+tacs, gap and words measure on the captions and words of the training run, on its held-out captions
+if it has any. Results are appended to the run's eval.jsonl, which `figures` reads. Dimensions as in
+loss.py.
 """
 
 import collections
@@ -44,11 +45,9 @@ from data import (
     run_command,
 )
 from figures import (
-    draw_curves,
-    draw_tsne,
+    draw_comparison,
     draw_words,
     history,
-    print_gains,
     read_log,
     step_in,
 )
@@ -64,7 +63,7 @@ from labels import (
     world_size,
     write_file,
 )
-from model import find_model, load_model
+from model import checkpoints, find_model, load_model
 
 # --------------------------------------------------------------------------------------- measures
 
@@ -147,6 +146,20 @@ def find_run(path):
     return Run(path, folder, config, step_in(found.name) or last_step)
 
 
+def for_checkpoints(command):
+    """The command for --model RUN/checkpoints too: for all of them, in the order of their steps."""
+
+    @functools.wraps(command)
+    def measure(model, **flags):
+        is_folder_of_all = Path(model).name == "checkpoints"
+        found = checkpoints(Path(model).parent) if is_folder_of_all else {}
+        for path in found.values() or [model]:
+            result = command(str(path), **flags)
+        return result
+
+    return measure
+
+
 def open_model(run):
     """The SEAModel of a Run."""
     device = rank_device()
@@ -212,6 +225,7 @@ def encode_words(model, words):
 # ------------------------------------------------------------------------------ commands: alignment
 
 
+@for_checkpoints
 def eval_tacs(model: str, data: str = "", image_folder: str = "", samples: int = 100):
     """Mean TACS and caption loss of image-caption pairs: the first `samples` of `data`."""
     run = find_run(model)
@@ -220,6 +234,7 @@ def eval_tacs(model: str, data: str = "", image_folder: str = "", samples: int =
     return save_result(run, dict(tacs=score / pairs, caption_loss=loss / tokens, pairs=int(pairs)))
 
 
+@for_checkpoints
 def eval_gap(
     model: str, words: str = "", data: str = "", image_folder: str = "", samples: int = 100
 ):
@@ -375,6 +390,7 @@ def chosen(text, choices):
 # -------------------------------------------------------------------------------- commands: answers
 
 
+@for_checkpoints
 def eval_pope(
     model: str,
     data: str,
@@ -422,6 +438,7 @@ def read_pope(file):
     return rows
 
 
+@for_checkpoints
 def eval_vqa(
     model: str,
     data: str,
@@ -471,14 +488,14 @@ def vqa_question(sample, prompt):
     question = turns[first]["value"].replace(IMAGE_TOKEN, "").strip()
     true = turns[first + 1]["value"]
     if choices := sample.get("choices"):
-        where = f"--data, sample {sample.get('id')}"
-        if not isinstance(choices, list):
-            raise UserError(f"{where}: choices must be a list, not {choices!r}")
         letters = string.ascii_uppercase[: len(choices)]
-        if [chosen(letter, choices) for letter in letters] != list(range(len(choices))):
-            raise UserError(f"{where}: a letter must not be the text of another choice: {choices}")
-        if chosen(true, choices) is None:
-            raise UserError(f"{where}: the answer {true!r} is none of its choices {choices}")
+        places = [chosen(text, choices) for text in (*letters, true)]
+        is_list = isinstance(choices, list)
+        if not is_list or places[:-1] != list(range(len(choices))) or places[-1] is None:
+            raise UserError(
+                f"--data, sample {sample.get('id')}: choices {choices!r} must be a list, with the "
+                f"answer {true!r} and without the letter of another choice"
+            )
         for letter, choice in zip(letters, choices):
             question += f"\n{letter}. {choice}"
         prompt = LETTER if prompt == SHORT else prompt
@@ -503,10 +520,6 @@ def chat(model: str, image: str = "", max_new_tokens: int = 512):
 
 # -------------------------------------------------------------------------------- commands: figures
 
-# Names of the measures that figures show: TACS, POPE's F1, and "... all" of each benchmark, but not
-# what eval_words finds: "true all" and, if the word "all" is frequent, "words all".
-SCORES = r"(val_)?tacs|pope f1|(?!words |true ).* all"
-
 
 def figures(
     model: str,
@@ -523,7 +536,6 @@ def figures(
     TACS, and POPE if eval.py measured it for several checkpoints); of stage 2 curves.png (Figure
     3a: what eval.py or lm-evaluation-harness measured for several checkpoints).
     """
-    Path(out).mkdir(parents=True, exist_ok=True)
     histories = {}
     groups = {}
     for kind, path in (("baseline", baseline), ("SEA", model)):
@@ -533,13 +545,7 @@ def figures(
         histories[kind] = history(run.folder)
         if data or run.config["stage"] == "pretrain":
             groups[kind] = token_groups(run, data, image_folder, samples)
-    if groups:
-        draw_tsne(groups, f"{out}/tsne.png")
-
-    measures = {name: name for name in histories["SEA"] if re.fullmatch(SCORES, name)}
-    seeds = {kind: [values] for kind, values in histories.items()}  # a list of one
-    draw_curves(seeds, measures, f"{out}/curves.png")
-    print_gains(histories["baseline"], histories["SEA"], [m for m in measures if "tacs" not in m])
+    draw_comparison(histories, groups, Path(out))
 
 
 @torch.no_grad()

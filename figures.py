@@ -233,6 +233,26 @@ def step_in(path):
     return int(steps[-1]) if steps else None
 
 
+# Names of the measures that figures show: TACS, POPE's F1, and "... all" of each benchmark, but not
+# what eval_words finds: "true all" and, if the word "all" is frequent, "words all".
+SCORES = r"(val_)?tacs|pope f1|(?!words |true ).* all"
+
+
+def draw_comparison(histories, groups, folder):
+    """All that eval.py figures makes: folder/tsne.png, folder/curves.png and the gains.
+
+    histories: {"baseline": history, "SEA": history}. groups: of draw_tsne; there may be none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if groups:
+        draw_tsne(groups, folder / "tsne.png")
+    measures = {name: name for name in histories["SEA"] if re.fullmatch(SCORES, name)}
+    seeds = {kind: [values] for kind, values in histories.items()}  # a list of one
+    draw_curves(seeds, measures, folder / "curves.png")
+    benchmarks = [name for name in measures if "tacs" not in name]
+    print_gains(histories["baseline"], histories["SEA"], benchmarks)
+
+
 def print_gains(before, after, measures):
     """Print what two histories have of these measures at their last common step, and the mean of
     the relative gains; measures that were 0 have none."""

@@ -65,58 +65,71 @@ STOP_WORDS = """
 # ---------------------------------------------------------------------------------------- word list
 
 
-def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger: str = ""):
+def write_words(
+    data: str,
+    out: str,
+    extra: str = "",
+    min_count: int = 5,
+    tagger: str = "",
+    phrase_length: int = 1,
+):
     """Write the word list of Appendix C: the words of the captions, then those of the file `extra`.
 
     A word of the captions, in lower case, is kept if it occurs min_count times or more and is
     neither a stop word nor a single letter; frequent words come first, ties in alphabetical order.
     extra: another list, one word a line (such as 2of12 of the 12dicts). tagger: a spaCy pipeline
     (en_core_web_sm); with it only common nouns, adjectives, verbs and participles are kept.
+    phrase_length: with 3, sequences of two and three such words in a row are counted too.
 
     PAPER: words stay as they are written: the lemma of "striped", an attribute, would be "stripe",
     a thing. How rare a word may be is not said; min_count 5 drops typing errors. The paper speaks
-    of about 4 million words, which single words of 0.6 million captions cannot be; with `extra`,
-    captions of LLaVA's size give some ten thousand.
+    of about 4 million words, which single words of 0.6 million captions cannot be; phrases can.
     """
-    turns = itertools.chain.from_iterable(sample["conversations"] for sample in load_samples(data))
-    captions = (turn["value"] for turn in turns if turn["from"] == "gpt")
-    words_of_captions = tqdm(_caption_words(captions, tagger), "reading captions")
-    counts = collections.Counter(itertools.chain.from_iterable(words_of_captions))
+    counts = collections.Counter()
+    captions = (sample["conversations"][1]["value"] for sample in load_samples(data))
+    for tokens in tqdm(_caption_words(captions, tagger), "reading captions"):
+        counts.update(_phrases(tokens, phrase_length))
+    stop_words = set(STOP_WORDS.split())
     words = []
-    for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if count >= min_count and len(word) > 1 and word not in STOP_WORDS.split():
-            words.append(word)
-    print(f"{len(words):,} of the {len(counts):,} words of {data}: {', '.join(words[:20])} ...")
+    for phrase, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        parts = phrase.split()
+        if count >= min_count and stop_words.isdisjoint(parts) and min(map(len, parts)) > 1:
+            words.append(phrase)
     if extra:
         words = list(dict.fromkeys(words + read_words(extra)))
     if not words:
         raise UserError(f"{data}: no word is left; lower --min_count")
     write_file(Path(out), "\n".join(words) + "\n")
-    print(f"{len(words):,} words in {out}")
+    print(f"{len(words):,} words in {out}: {', '.join(words[:20])} ...")
 
 
-def _caption_words(captions, tagger):
-    """Yield the list of words of each caption: all, or those whose part of speech is wanted."""
+def _caption_words(captions, tagger=""):
+    """Yield the words of each caption, in lower case.
+
+    A single character, such as ".", stands for whatever is not a word, or whose part of speech is
+    not wanted: there a phrase ends.
+    """
     word = r"[^\W\d_]+(?:-[^\W\d_]+)*"
     if not tagger:
-        # Removes don't as a whole, and the 's of dog's
+        # don't as a whole, and the 's of dog's
         contraction = r"\w+n['\u2019]t\b|['\u2019](s|re|ve|ll|d|m)\b"
         for caption in captions:
-            yield re.findall(word, re.sub(contraction, "", caption.lower()))
+            yield re.findall(rf"{word}|\S", re.sub(contraction, ".", caption.lower()))
         return
 
     import spacy
 
-    try:
-        pipeline = spacy.load(tagger, exclude=["parser", "ner", "lemmatizer"])
-    except OSError as e:
-        raise UserError(
-            f"--tagger {tagger}: cannot be loaded ({e}); for English: python -m spacy download "
-            "en_core_web_sm"
-        ) from e
+    pipeline = spacy.load(tagger, exclude=["parser", "ner", "lemmatizer"])
     for caption in pipeline.pipe(captions, batch_size=1000):
-        wanted = [token.lower_ for token in caption if token.pos_ in ("NOUN", "ADJ", "VERB")]
-        yield [text for text in wanted if re.fullmatch(word, text)]
+        texts = [t.lower_ if t.pos_ in ("NOUN", "ADJ", "VERB") else "." for t in caption]
+        yield [text if re.fullmatch(word, text) else "." for text in texts]
+
+
+def _phrases(words, length):
+    """All sequences of up to `length` words in a row, as strings."""
+    for start in range(len(words)):
+        for end in range(start, min(start + length, len(words))):
+            yield " ".join(words[start : end + 1])
 
 
 def read_words(file):
@@ -424,10 +437,12 @@ class LabelStore:
                               ids [m, n] uint16 or int32 (none = 65535 or -1), scores [m, n]
                               float16, crc, the CRC-32 of the image file
     store[i] -> ids [m, n] int64 (-1 = none), scores [m, n] float32. Only the words are in memory.
+    max_labels: how many of the n to return, the best ones; None for all.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, max_labels=None):
         self.folder = Path(folder)
+        self.max_labels = max_labels
         self.meta, self.files = _read_meta(self.folder)
         done = sum(len(_load(file)) for file in self.files if file.exists())
         if done < len(self):
@@ -449,13 +464,13 @@ class LabelStore:
     def __getitem__(self, i):
         return self.as_tensors(self.record(i))
 
-    @staticmethod
-    def as_tensors(record):
+    def as_tensors(self, record):
         """A record's ids [m, n] int64 (-1 = none) and scores [m, n] float32."""
-        ids = record["ids"].astype(np.int64)
+        ids = record["ids"][:, : self.max_labels].astype(np.int64)
         if record["ids"].dtype == np.uint16:
             ids[ids == 65535] = -1
-        return torch.from_numpy(ids), torch.from_numpy(record["scores"].astype(np.float32))
+        scores = record["scores"][:, : self.max_labels].astype(np.float32)
+        return torch.from_numpy(ids), torch.from_numpy(scores)
 
     def sample(self):
         """-> the rows of up to 500 images, evenly spaced, and their ids and scores [rows, m, n]."""
@@ -487,11 +502,8 @@ class LabelStore:
 
 def file_crc(file):
     """The CRC-32 of a file of any size."""
-    crc = 0
-    with open(file, "rb") as f:
-        while block := f.read(2**24):
-            crc = zlib.crc32(block, crc)
-    return crc
+    is_empty = os.path.getsize(file) == 0
+    return 0 if is_empty else zlib.crc32(np.memmap(file, mode="r"))
 
 
 def digest(texts):
@@ -781,7 +793,10 @@ def show(
     files = [samples[row]["image"] for row in rows]
     labels_of = with_words(files, store.words, ids, scores)
 
-    _print_statistics(store, ids, scores, labels_of)
+    patches = itertools.chain(*labels_of.values())
+    counts = collections.Counter(labels[0][0] for labels in patches if labels)
+    print(f"{len(store):,} images, {len(store.words):,} words; of {len(ids)} of the images:")
+    print(f"{len(counts):,} different top words, how often: {dict(counts.most_common(10))}")
 
     pictures = []
     for file in files[:: math.ceil(len(files) / images)]:
@@ -814,7 +829,7 @@ def caption_lift(captions, labels):
     captions: of the images; labels: of their patches, as of with_words. -> up to five values, with
     the caption of the next image, of the one after it, and so on as the other.
     """
-    words = [set(caption) for caption in _caption_words(captions, "")]
+    words = [set(_phrases(caption, 3)) for caption in _caption_words(captions)]
     hits = np.zeros(max(2, min(6, len(words))))  # of one image alone it is always 1
     for i, patches in enumerate(labels):
         top_words = [label[0][0] for label in patches if label]
@@ -832,18 +847,6 @@ def with_words(files, words, ids, scores):
             pairs = [(words[i], round(score, 3)) for i, score in zip(*patch) if i >= 0]
             labels_of[file].append(pairs)
     return labels_of
-
-
-def _print_statistics(store, ids, scores, labels_of):
-    """How high labels score, and which words they are."""
-    print(f"{len(store):,} images, {len(store.words):,} words; of {len(ids)} of the images:")
-    heights, edges = np.histogram(scores[ids >= 0])
-    for share, low, high in zip(heights / max(1, heights.sum()), edges, edges[1:]):
-        print(f"  score {low:.3f} to {high:.3f} {share:6.1%} {'#' * round(50 * share)}")
-
-    patches = itertools.chain(*labels_of.values())
-    counts = collections.Counter(labels[0][0] for labels in patches if labels)
-    print(f"{len(counts):,} different top words, how often: {dict(counts.most_common(10))}")
 
 
 def _try_paths(store, samples, rows):

@@ -39,6 +39,9 @@ def sea_loss(
     window=2,
     generator=None,
     gather=False,
+    sampling="similarity",
+    one_per_label=True,
+    to_words=0.5,
 ):
     """Eq. 9 to 11 in order: one patch per window, one label each, one patch per label, the loss.
 
@@ -48,6 +51,8 @@ def sea_loss(
     log_scale: one element, log(1/τ).
     grid: (H, W) with H * W = m.
     generator: one torch.Generator of the CPU, or a list with one per image.
+    For ablations: sampling="uniform" draws all labels of a patch alike, without one_per_label every
+    patch that is drawn makes a pair, and to_words goes to contrastive_loss.
 
     Returns the loss and a dict for the log: `pairs`, the number of this rank's pairs, and
     `matched`, for how many of them no other word feature is nearer to the visual token.
@@ -56,10 +61,10 @@ def sea_loss(
     ranks. Each rank then returns its share of the whole loss, times the number of ranks: DDP's mean
     adds the shares up. Ranks may hold different numbers of images.
     """
-    shape = (len(label_ids), grid[0] * grid[1])
-    if not shape == visual_tokens.shape[:2] == label_ids.shape[:2]:
-        found = f"visual tokens {tuple(visual_tokens.shape)} and labels {tuple(label_ids.shape)}"
-        raise ValueError(f"{found} must both be [B, {grid[0]} x {grid[1]}, ...]")
+    if visual_tokens.shape[:2] != label_ids.shape[:2]:
+        raise ValueError(f"visual tokens {visual_tokens.shape} for labels {label_ids.shape}")
+    if sampling == "uniform":
+        label_scores = label_scores.sign()
     patches, labels, priority = sample_pairs(label_ids, label_scores, grid, window, generator)
     patches = patches.to(visual_tokens.device, non_blocking=True)
     x = visual_tokens.flatten(0, 1)[patches]  # (S, D), S = B * windows
@@ -68,19 +73,20 @@ def sea_loss(
         x, labels, priority, is_own = gather_pairs(x, labels, priority)
 
     # Equal inputs and stable sorts: with gather, every rank keeps the same pairs.
-    kept = one_patch_per_label(labels, priority=priority)
+    if one_per_label:
+        kept = one_patch_per_label(labels, priority=priority)
+    else:
+        kept = (labels >= 0).nonzero().flatten()
     x = x[kept.to(x.device, non_blocking=True)]  # (N, D)
     t = word_features_of(labels[kept])
-    own_rows = is_own[kept].nonzero().flatten()  # rows of x and t
-    own_rows = own_rows.to(x.device, non_blocking=True)
-    loss = contrastive_loss(x, t, log_scale, own_rows)
+    own_rows = is_own[kept].nonzero().flatten().to(x.device, non_blocking=True)
+    loss = contrastive_loss(x, t, log_scale, own_rows, to_words)
     if gather:
         loss = loss * dist.get_world_size()
 
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         cosine = F.normalize(x[own_rows].float(), dim=-1) @ F.normalize(t.float(), dim=-1).T
-        own_cosine = cosine.gather(1, own_rows.unsqueeze(1))
-        is_nearest = (cosine <= own_cosine).all(-1)
+        is_nearest = (cosine <= cosine.gather(1, own_rows.unsqueeze(1))).all(-1)
     return loss, {"pairs": len(own_rows), "matched": is_nearest.sum()}
 
 
@@ -104,7 +110,7 @@ def sample_labels(label_ids, label_scores, generator=None):
 
     # Inverse of the cumulative distribution. Float32 noise is at most 1 - 2^-24, so the threshold
     # is below the total, and right=True skips scores of zero.
-    noise = _uniform(label_ids.shape[:-1], generator, label_ids.device)
+    noise = _uniform(label_ids[..., 0], generator)
     threshold = noise.double().unsqueeze(-1) * total
     first_above = torch.searchsorted(cumulative, threshold, right=True)
     drawn = label_ids.gather(-1, first_above.clamp(max=label_ids.shape[-1] - 1))
@@ -120,7 +126,7 @@ def sample_windows(valid, window, generator=None):
     PAPER: a grid that k does not divide (27 x 27) has smaller windows at its edges, so that no
     patch is left out for ever.
     """
-    noise = _uniform(valid.shape, generator, valid.device).masked_fill(~valid, -1)
+    noise = _uniform(valid, generator).masked_fill(~valid, -1)
     largest, patches = F.max_pool2d(noise, window, ceil_mode=True, return_indices=True)
     return patches.masked_fill(largest < 0, -1).flatten(1)
 
@@ -132,7 +138,7 @@ def one_patch_per_label(labels, generator=None, priority=None):
     priority [N] replaces the noise that decides; the lowest wins. Ranks that share it decide alike.
     """
     if priority is None:
-        priority = _uniform(labels.shape, generator, labels.device)
+        priority = _uniform(labels, generator)
     order = priority.argsort(stable=True)
     sorted_labels, by_label = labels[order].sort(stable=True)  # equal labels stay in that order
     # The first row of each label. Those of -1 stand first of all and equal the prepended -1.
@@ -157,21 +163,21 @@ def sample_pairs(label_ids, label_scores, grid, window, generator=None):
     ids = label_ids.flatten(0, 1)[patches]  # (B, windows, n)
     scores = label_scores.flatten(0, 1)[patches]
     labels = sample_labels(ids, scores, generator).masked_fill(is_empty, -1)
-    priority = _uniform(labels.shape, generator, labels.device)
+    priority = _uniform(labels, generator)
     return patches.flatten(), labels.flatten(), priority.flatten()
 
 
-def _uniform(shape, generator, device):
-    """Uniform noise in [0, 1), drawn on the CPU.
+def _uniform(like, generator):
+    """Uniform noise in [0, 1), of the shape and on the device of `like`, drawn on the CPU.
 
     A list holds one generator per image (dimension 0): what is drawn for an image then depends
     neither on the other images of the batch nor on the rank that holds it.
     """
     if isinstance(generator, list):
-        noise = torch.stack([torch.rand(shape[1:], generator=g) for g in generator])
+        noise = torch.stack([torch.rand(like.shape[1:], generator=g) for g in generator])
     else:
-        noise = torch.rand(shape, generator=generator)
-    return noise.to(device)
+        noise = torch.rand(like.shape, generator=generator)
+    return noise.to(like.device)
 
 
 # ----------------------------------------------------------------------------- Eq. 10 and 11
@@ -190,7 +196,7 @@ def word_features(embedding_weight, token_ids, offsets):
     return F.embedding_bag(rows, token_embeds, offsets, mode="mean")
 
 
-def contrastive_loss(x, t, log_scale, rows=slice(None)):
+def contrastive_loss(x, t, log_scale, rows=slice(None), to_words=0.5):
     """The symmetric alignment loss L_a (Eq. 11) with 1/τ = exp(log_scale).
 
     x [N, D] visual tokens, t [N, D] word features, log_scale one element -> scalar. It is 0, and
@@ -198,6 +204,8 @@ def contrastive_loss(x, t, log_scale, rows=slice(None)):
     in TF32 if that is on).
     rows: the pairs whose terms are added up, in ascending order; all by default. Losses over
     disjoint rows add up to the whole loss.
+    to_words: the weight of finding the word of a visual token. Finding the visual token of a word
+    has the rest.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(_at_least_float32(x), dim=-1)
@@ -205,11 +213,10 @@ def contrastive_loss(x, t, log_scale, rows=slice(None)):
         scale = _at_least_float32(log_scale).exp()
         diagonal = torch.arange(len(x), device=x.device)[rows]
         logits = scale * x[rows] @ t.T
-        is_whole = len(logits) == len(x)
-        transposed = logits.T if is_whole else scale * t[rows] @ x.T
+        transposed = logits.T if len(logits) == len(x) else scale * t[rows] @ x.T
         x_to_t = F.cross_entropy(logits, diagonal, reduction="sum")
         t_to_x = F.cross_entropy(transposed, diagonal, reduction="sum")
-    return (x_to_t + t_to_x) / (2 * max(1, len(x)))
+    return (to_words * x_to_t + (1 - to_words) * t_to_x) / max(1, len(x))
 
 
 def _at_least_float32(x):

@@ -79,7 +79,6 @@ class SEAModel(nn.Module):
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.parts = parts
-        self.image_token_id = llava.config.image_token_id
         self.image_tokens = llava.config.image_seq_length
         self.grid = (math.isqrt(self.image_tokens),) * 2
         # Rows that assemble added at the embedding's end, listed there as suppress_tokens, are
@@ -157,9 +156,9 @@ class SEAModel(nn.Module):
         features = hidden[self.llava.config.vision_feature_layer][:, -self.image_tokens :]
         return self.adapter(features)[:images]
 
-    def set_words(self, words):
-        """Say which words the label ids stand for."""
-        self.word_token_ids = word_tokens(words, self.tokenizer)
+    def set_words(self, words, max_tokens=None):
+        """Say which words the label ids stand for; of each, max_tokens are used."""
+        self.word_token_ids = [ids[:max_tokens] for ids in word_tokens(words, self.tokenizer)]
 
     def word_features(self, labels):
         """Ψ(w) of the words with these ids (Eq. 10), as the LLM's first layer sees them.
@@ -299,10 +298,9 @@ def generation_config(llm, tokenizer, suppress_tokens):
     """Answers end with the chat format's end token, or one that the LLM had from the start."""
     ends = llm.generation_config.eos_token_id  # an id, a list of them, or None
     ends = ends if isinstance(ends, list) else [ends]
-    ends = {tokenizer.eos_token_id, *ends} - {None}
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted(ends),
+        eos_token_id=sorted({tokenizer.eos_token_id, *ends} - {None}),
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=suppress_tokens,
     )

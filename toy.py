@@ -2,6 +2,7 @@
 
     python toy.py build    # minutes on two CPU cores; train.py --preset toy does it where needed
     python toy.py report   # baseline against SEA over three seeds: the README's tables and figures
+    python toy.py ablate   # and each part of SEA changed by itself: which of them matter
 
 The toy is ordinary files, so that it goes through exactly the code of the full scale:
 
@@ -13,7 +14,7 @@ The toy is ordinary files, so that it goes through exactly the code of the full 
     words.txt, truth.json           the word list; the words that are true of each patch
     clip/, vision/                  CLIP for open_clip; its vision tower for transformers
     llm/                            a Llama with its tokenizer
-    labels/                         CLIP's labels of train.json's images; the report adds labels_*
+    labels/                         CLIP's labels of train.json's images; ablate adds labels_n10/
 
 CLIP is trained on whole images and text, never on the truth of a patch; the LM on text only.
 """
@@ -616,58 +617,110 @@ def train_lm(folder, seed, steps):
 
 # ------------------------------------------------------------------------------------------- report
 
-# The commands of a run: its training and what is measured of it.
-PRETRAIN = """\
+# The commands of a run: its training, and what is measured of it.
+SCRIPT = """\
 train --preset toy --seed {seed} --out_dir '{run}/pretrain' {flags}
 eval tacs --model '{run}/pretrain' --samples 250
 eval gap --model '{run}/pretrain' --samples 250
 eval words --model '{run}/pretrain' --samples 250 --truth toy/truth.json --out '{run}/words.html'
-eval pope --model '{run}/pretrain/checkpoints/step_60' --data toy/pope {common}
-eval pope --model '{run}/pretrain/checkpoints/step_120' --data toy/pope {common}
-eval pope --model '{run}/pretrain/checkpoints/step_180' --data toy/pope {common}
-"""
-FINETUNE = """\
+eval pope --model '{run}/pretrain/checkpoints' --data toy/pope {common}
 train --preset toy --stage finetune --seed {seed} --keep 0 \
     --init '{run}/pretrain' --out_dir '{run}/finetune'
 eval pope --model '{run}/finetune' --data toy/pope {common}
 eval vqa --model '{run}/finetune' --data toy/val_qa.json {common}
-eval vqa --model '{run}/finetune/checkpoints/step_60' --data toy/val_text.json {common}
-eval vqa --model '{run}/finetune/checkpoints/step_120' --data toy/val_text.json {common}
-eval vqa --model '{run}/finetune/checkpoints/step_180' --data toy/val_text.json {common}
+eval vqa --model '{run}/finetune/checkpoints' --data toy/val_text.json {common}
 """
 COMMON = "--image_folder toy/images --workers 0 --prompt ''"
-VARIANTS = {  # flags of stage 1
-    "baseline": "--sea_weight 0",
-    "SEA": "--labels toy/labels",
-    "SEA_truth": "--labels toy/labels_truth",
-    "SEA_n10": "--labels toy/labels_n10",
+ALIGNMENT = {  # after stage 1
+    "tacs": "TACS",
+    "D_of_unit_vectors": "D, unit vectors",
+    "true object": "true words, objects",
+    "true background": "background",
+    "caption_loss": "caption loss",
+    "pope f1": "POPE F1",
 }
-BOTH_STAGES = ("baseline", "SEA", "SEA_truth")
+ANSWERS = {  # after stage 2
+    "pope f1": "POPE F1",
+    "pope accuracy": "POPE accuracy",
+    "val_qa yes/no": "yes/no questions",
+    "val_qa open": "open questions",
+    "val_text all": "text only",
+}
+# Flags of stage 1.
+MAIN_VARIANTS = {"baseline": "--sea_weight 0", "SEA": ""}
+TEN_LABELS = "--labels toy/labels_n10"
+ABLATIONS = MAIN_VARIANTS | {
+    "weight_0.1": "--sea_weight 0.1",
+    "no_windows": "--window 1",
+    "all_patches": "--no-one_per_label",
+    "fixed_tau": "--no-learn_tau",
+    "tau_0.07": "--tau 0.07",
+    "patches_find_words": "--to_words 1",
+    "words_find_patches": "--to_words 0",
+    "labels_10": TEN_LABELS,
+    "labels_10_uniform": f"{TEN_LABELS} --sampling uniform",
+    "labels_3": f"{TEN_LABELS} --max_labels 3",
+}
+SEEDS = 3
+OUT = Path("out/report")
 
 
-def report(seeds: int = 3, out: Path = Path("out/report")):
-    """Make the tables and figures of the README, two runs at a time.
+def report(seeds: int = SEEDS, out: Path = OUT):
+    """Baseline against SEA: the tables and figures of the README.
 
-    A finished run has a file `done` in its folder and is not repeated. Remove `out` after a change
-    of the toy or the code.
+    A finished run has a file `done` in its folder and is not repeated, by ablate neither. Remove
+    `out` after a change of the toy or the code.
     """
     import matplotlib  # noqa: F401
     import sklearn  # noqa: F401  fails here rather than after the training
 
     ensure()
-    label("labels_n10", n=10)
-    true_labels()
+    pretrained, finetuned = run_variants(MAIN_VARIANTS, seeds, out)
+    figures = out / "figures"
+    figures.mkdir(exist_ok=True)
+    learning = {"val_tacs": "TACS", "pope f1": "POPE, F1"}
+    draw_curves(pretrained, learning, figures / "pretraining.png")
+    language = {"val_text all": "language: text-only questions"}
+    draw_curves(finetuned, language, figures / "language.png")
+    folders = {variant: f"{out}/{variant}_0/pretrain" for variant in MAIN_VARIANTS}
+    groups = {variant: token_groups(find_run(run)) for variant, run in folders.items()}
+    draw_tsne(groups, figures / "tsne.png")
+    eval_words(folders["SEA"], folders["baseline"], out=f"{figures}/words.html")
 
+
+def ablate(seeds: int = SEEDS, out: Path = OUT):
+    """Every part of SEA changed by itself: the README's table of what matters on the toy.
+
+    Labels are CLIP's best word of each patch; labels_10 are its ten best words, of which most are
+    wrong, and labels_3 the three best.
+    """
+    ensure()
+    label("labels_n10", n=10)
+    run_variants(ABLATIONS, seeds, out)
+
+
+def run_variants(variants, seeds, out):
+    """Train and measure all variants, two at a time, and print their tables.
+
+    variants: {name: flags of stage 1}. -> {name: [history of each seed]} of stage 1 and of stage 2.
+    """
     scripts = {}
     for seed in range(seeds):
-        for variant, flags in VARIANTS.items():
-            script = PRETRAIN + FINETUNE if variant in BOTH_STAGES else PRETRAIN
+        for variant, flags in variants.items():
             run = out / f"{variant}_{seed}"
-            scripts[run] = script.format(seed=seed, run=run, flags=flags, common=COMMON)
+            scripts[run] = SCRIPT.format(seed=seed, run=run, flags=flags, common=COMMON)
     with two_workers() as pool:
         finished = pool.map(run_script, scripts, scripts.values())
         list(tqdm(finished, desc="runs", total=len(scripts)))
-    summarize(seeds, out)
+
+    stages = []
+    for stage, measures in (("pretrain", ALIGNMENT), ("finetune", ANSWERS)):
+        runs = {}
+        for variant in variants:
+            runs[variant] = [history(out / f"{variant}_{seed}/{stage}") for seed in range(seeds)]
+        print_table(stage, runs, measures)
+        stages.append(runs)
+    return stages
 
 
 def run_script(run, script):
@@ -692,78 +745,23 @@ def run_script(run, script):
     (run / "done").touch()
 
 
-def true_labels():
-    """Make the label store labels_truth, of the true words of each patch instead of CLIP's."""
-    label("labels_truth", n=2, shard=10**6)  # one file for all images
-    file = "toy/labels_truth/labels-00000.npy"
-    records = np.load(file)
-    records["ids"] = 65535  # none
-    truths = json.loads(Path("toy/truth.json").read_text())
-    for record, truth in zip(records, truths.values()):  # train's come first
-        for patch, words in (truth["object"] | truth["background"]).items():
-            record["ids"][int(patch), : len(words)] = [WORDS.index(word) for word in words]
-    records["scores"] = records["ids"] < 65535
-    np.save(file, records)
-
-
-def summarize(seeds, out):
-    """Print the tables and draw the figures of finished runs."""
-
-    def histories(variants, stage):
-        runs = {}
-        for variant in variants:
-            runs[variant] = [history(out / f"{variant}_{seed}/{stage}") for seed in range(seeds)]
-        return runs
-
-    alignment = {
-        "tacs": "TACS (more is better)",
-        "D_of_unit_vectors": "D of unit vectors (less is better)",
-        "true object": "nearest word true, object patches",
-        "true background": "the same, background patches",
-        "caption_loss": "caption loss",
-        "pope f1": "POPE, F1",
-    }
-    benchmarks = {
-        "pope f1": "POPE, F1",
-        "pope accuracy": "POPE, accuracy",
-        "val_qa open": "open questions",
-        "val_qa yes/no": "yes/no questions",
-        "val_text all": "text only",
-    }
-    print_table(histories(VARIANTS, "pretrain"), alignment)
-    finetuned = histories(BOTH_STAGES, "finetune")
-    print_table(finetuned, benchmarks)
-
-    figures = out / "figures"
-    figures.mkdir(exist_ok=True)
-    learning = {"val_tacs": "TACS", "pope f1": "POPE, F1"}
-    draw_curves(histories(BOTH_STAGES, "pretrain"), learning, figures / "pretraining.png")
-    language = {"val_text all": "language: text-only questions"}
-    draw_curves(finetuned, language, figures / "language.png")
-    baseline = f"{out}/baseline_0/pretrain"
-    sea = f"{out}/SEA_0/pretrain"
-    groups = {"baseline": token_groups(find_run(baseline)), "SEA": token_groups(find_run(sea))}
-    draw_tsne(groups, figures / "tsne.png")
-    eval_words(sea, baseline, out=f"{figures}/words.html")
-
-
-def print_table(runs, measures):
-    """Print the last value of each measure as Markdown, mean (min to max) over the seeds.
+def print_table(title, runs, measures):
+    """Print the last value of each measure as Markdown: mean ± half the range over the seeds.
 
     runs: {variant: [history of each seed]}, measures: {name: title}.
     """
-    print(f"\n| | {' | '.join(runs)} |\n|---|{'---|' * len(runs)}")
-    for measure, title in measures.items():
-        row = f"| {title} |"
-        for histories in runs.values():
+    print(f"\n| {title} | {' | '.join(measures.values())} |\n|---|{'---|' * len(measures)}")
+    for variant, histories in runs.items():
+        row = f"| {variant} |"
+        for measure in measures:
             curves = [seed_history[measure] for seed_history in histories]  # {step: value} each
             values = [curve[max(curve)] for curve in curves]
-            row += f" {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) |"
+            row += f" {np.mean(values):.3f} ± {np.ptp(values) / 2:.3f} |"
         print(row)
 
 
 def main(argv=None):
-    run_command(__doc__, {"build": build, "report": report}, argv)
+    run_command(__doc__, {"build": build, "report": report, "ablate": ablate}, argv)
 
 
 if __name__ == "__main__":

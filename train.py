@@ -132,6 +132,22 @@ class TrainConfig:
     )
     gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "pretrain")
 
+    # the parts of SEA, to change one at a time (python toy.py ablate does)
+    sampling: Literal["similarity", "uniform"] = flag(
+        "similarity",
+        "how a patch's label is drawn: by the scores of Eq. 9, or all alike",
+        "pretrain",
+    )
+    max_labels: int = flag(
+        0, "how many of a patch's labels to use; 1: the best; 0: all", "pretrain"
+    )
+    one_per_label: bool = flag(True, "one patch for each label of a batch, not all", "pretrain")
+    to_words: float = flag(
+        0.5, "1: patches find words; 0: words find patches; between: both", "pretrain", most=1
+    )
+    learn_tau: bool = flag(True, "learn the temperature", "pretrain")
+    word_tokens: int = flag(0, "how many tokens of a word count in Eq. 10; 0: all", "pretrain")
+
     # optimization; a global batch of 256 is 8 GPUs x 32, as in LLaVA. N of Eq. 11 is of one
     # micro-batch: with a smaller batch_size and more grad_accum, fewer words are told apart.
     batch_size: int = flag(32, "samples per GPU in one forward pass", least=1)
@@ -143,9 +159,7 @@ class TrainConfig:
     # PAPER: Table 4 tunes the tower at 2e-6; LLaVA freezes it
     vision_lr: float = flag(2e-6, "peak learning rate of the vision tower", "finetune", most=1)
     warmup_ratio: float = flag(0.03, "share of the steps with linear warmup", most=1)
-    clip_grad: float = flag(0.0, "largest norm of the gradient; 0: no clipping, as LLaVA")
-    epochs: float = flag(1.0, "passes over the data", least=1e-9)
-    max_steps: int = flag(0, "steps instead of epochs; 0: by epochs")
+    max_steps: int = flag(0, "how many steps; 0: one pass over the data")
     max_length: int = flag(2048, "positions per sample, image included", least=1)
     seed: int = flag(0, "of initialisation, order and sampling")
 
@@ -159,7 +173,6 @@ class TrainConfig:
     workers: int = flag(4, "image-decoding processes per rank")
 
     # log
-    log_every: int = flag(1, "steps per line of metrics.jsonl", least=1)
     val_every: int = flag(100, "steps between validations; the last step is one", least=1)
     val_samples: int = flag(100, "how many samples of val_data to use")
     save_every: int = flag(500, "steps between checkpoints; 0: none")
@@ -200,7 +213,7 @@ SETTINGS = {
     """,
 }
 MAY_CHANGE_ON_RESUME = """
-    resume out_dir image_folder val_data val_every val_samples log_every save_every keep export
+    resume out_dir image_folder val_data val_every val_samples save_every keep export
     fsdp compile grad_checkpoint workers grad_accum
 """
 
@@ -299,8 +312,8 @@ class Run:
 
     def autocast(self):
         """FSDP casts by itself; with autocast too, recomputation would use another dtype."""
-        is_enabled = self.dtype == torch.bfloat16 and not self.cfg.fsdp
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
+        use_bfloat16 = self.dtype == torch.bfloat16 and not self.cfg.fsdp
+        return torch.autocast(self.device.type, torch.bfloat16, use_bfloat16)
 
 
 def main(argv=None):
@@ -322,7 +335,7 @@ def main(argv=None):
     model, dtype = build_model(cfg, device)
     train_set, val_set = build_data(cfg, model)
     train_set[0]  # fails here, before there is a run, if the images are elsewhere
-    steps = cfg.max_steps or math.ceil(cfg.epochs * len(train_set) / cfg.global_batch())
+    steps = cfg.max_steps or math.ceil(len(train_set) / cfg.global_batch())
     parallel_model = parallelize(cfg, model, dtype)
     saved = checkpoints(cfg.out_dir) if cfg.resume else {}
     first_step = max(saved, default=0)
@@ -374,10 +387,9 @@ def train(run, train_set, val_set, first_step, steps, signals):
     def log(metrics):
         if rank() == 0:
             append_json_line(Path(cfg.out_dir, "metrics.jsonl"), metrics)
-            for name in ("loss_g", "loss_a", "val_loss", "val_tacs"):
-                if name in metrics:
-                    shown[name] = f"{metrics[name]:.3f}"
-            bar.set_postfix(shown)
+            for name in metrics.keys() & {"loss_g", "loss_a", "val_loss", "val_tacs"}:
+                shown[name] = f"{metrics[name]:.3f}"
+            bar.set_postfix(**shown)
 
     for done in range(first_step, steps + 1):
         # A resumed run begins with it where it is due: the kill may have come before its line.
@@ -394,8 +406,7 @@ def train(run, train_set, val_set, first_step, steps, signals):
         is_interrupted = metrics.pop("signals")
         metrics["samples_per_s"] = cfg.global_batch() / seconds
         bar.update()
-        if step % cfg.log_every == 0 or step == steps:
-            log(metrics)
+        log(metrics)
         if is_interrupted or (cfg.save_every and step % cfg.save_every == 0):
             save_checkpoint(run, step)
         if is_interrupted:
@@ -411,11 +422,9 @@ def train_step(run, batches, step, signals=0):
     cfg = run.cfg
     targets = sum(len(batch["trained"]) for batch in batches)
     [num_targets] = all_sum([targets], run.device)
-    sums = collections.defaultdict(float, signals=signals, targets=targets)
-    samples = []
+    sums = collections.defaultdict(float, signals=signals)
+    samples = [batch.pop("index") for batch in batches]
     for i, batch in enumerate(batches):
-        index = batch.pop("index")
-        samples += index
         del batch["attention_mask"]
         for name in ("input_ids", "image_places", "trained", "pixels"):  # not labels
             batch[name] = batch[name].to(run.device, non_blocking=True)
@@ -428,21 +437,22 @@ def train_step(run, batches, step, signals=0):
                 # Averaging over ranks divides by their number once more.
                 num_targets=num_targets / world_size(),
                 window=cfg.window,
-                generator=sample_generators(cfg.seed, step - 1, index),
+                generator=sample_generators(cfg.seed, step - 1, samples[i]),
                 gather=cfg.gather_pairs,
+                sampling=cfg.sampling,
+                one_per_label=cfg.one_per_label,
+                to_words=cfg.to_words,
             )
             # num_targets has averaged loss_g over the micro-batches. The baseline has no loss_a.
             loss_a = out.get("loss_a", 0) / len(batches)
             total_loss(out["loss_g"], loss_a, cfg.sea_weight).backward()
         with torch.no_grad():
-            for name, value in out.items():
-                sums[name] += value
+            for name in out:
+                sums[name] += out[name]
 
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_grad or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), math.inf)
     sums["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
     metrics = dict(zip(sums, all_sum(sums.values(), run.device).tolist()))
-    if metrics.pop("targets") == 0:
-        raise UserError(f"step {step}: --max_length {cfg.max_length} cuts off all that is trained")
     n = world_size()
     counts = dict(loss_g=n, grad_norm=n, loss_a=n * len(batches), tau=n * len(batches))
     counts["matched"] = max(metrics.get("pairs", 0), 1)
@@ -451,7 +461,7 @@ def train_step(run, batches, step, signals=0):
     if not math.isfinite(sum(metrics.values())):
         raise UserError(
             f"step {step}: loss or gradient is not finite: {metrics}, samples {samples}; lower "
-            "--lr, or use --dtype float32"
+            "--lr, use --dtype float32, or raise a --max_length that cuts off all that is trained"
         )
     metrics["lr"] = run.schedule.get_last_lr()[0]
 
@@ -467,11 +477,8 @@ def train_step(run, batches, step, signals=0):
 
 def sample_generators(seed, step, index):
     """One generator per sample, keyed by (seed, step, sample): draws do not depend on the rank."""
-    generators = []
-    for i in index:
-        key = np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0]
-        generators.append(torch.Generator().manual_seed(int(key >> 1)))
-    return generators
+    keys = [np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64) for i in index]
+    return [torch.Generator().manual_seed(int(key) >> 1) for [key] in keys]
 
 
 def micro_batch_loader(train_set, run, first_step, steps):
@@ -562,7 +569,7 @@ def build_model(cfg, device):
         model = new_model(cfg.vision, cfg.llm, dtype if is_pretrain else torch.float32, cfg.tau)
     if not is_pretrain:
         model.thaw_llm(cfg.tune_vision, dtype)
-    model.log_scale.requires_grad_(cfg.sea_weight > 0)
+    model.log_scale.requires_grad_(cfg.sea_weight > 0 and cfg.learn_tau)
     if cfg.image_mode:
         model.preprocess["mode"] = cfg.image_mode
     if cfg.grad_checkpoint:
@@ -589,10 +596,10 @@ def build_data(cfg, model):
 
     train_set = dataset(cfg.data)
     if cfg.sea_weight > 0:
-        store = LabelStore(cfg.labels)
+        store = LabelStore(cfg.labels, cfg.max_labels or None)
         store.check(train_set.samples, model.preprocess, model.grid)
         train_set.label_store = store
-        model.set_words(store.words)
+        model.set_words(store.words, cfg.word_tokens or None)
     if not cfg.val_data:
         return train_set, None
     val_set = dataset(cfg.val_data)
@@ -688,9 +695,8 @@ def save_checkpoint(run, step):
         (unfinished / "crc.json").write_text(json.dumps(weight_crcs(unfinished)))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        if run.cfg.keep:
-            for old in list(checkpoints(run.cfg.out_dir).values())[: -run.cfg.keep]:
-                shutil.rmtree(old)
+        for old in list(checkpoints(run.cfg.out_dir).values())[: -run.cfg.keep]:  # of 0, none
+            shutil.rmtree(old)
     barrier()
 
 

@@ -54,7 +54,7 @@ def tiny_tokenizer(text):
 
 def whole_input(model, input_ids, pixels, **_):
     """X_input (Eq. 3) as model.forward gives it to the LLM: [B, L, D]."""
-    places = torch.where(input_ids.flatten() == model.image_token_id)[0]
+    places = torch.where(input_ids.flatten() == model.llava.config.image_token_id)[0]
     inputs = model(input_ids, places, torch.arange(0), pixels)["inputs"]
     return inputs.view(*input_ids.shape, -1)
 

@@ -1,10 +1,12 @@
-"""How fast a training step is, and how much memory it takes, beside transformers' own Llava.
+"""Speed and memory as ratios, each against a peer or a limit in the same run.
 
-    python tests/speed.py step                  stage 1, 4 x (576 + 40) positions, on two CPU cores
-    python tests/speed.py step --llm vicuna-7b --batch_size 16 --grad_checkpoint        on a GPU
-    python tests/speed.py padding               what padding costs stage 2, by order of the samples
-    python tests/speed.py gpu                   all of it, and the search, on one GPU of 80 GB
-    python tests/speed.py gpu --tiny            the same in miniature, to see that it runs
+    python bench.py step                a step of stage 1 against transformers' own Llava: its time
+                                        and memory; 4 x (576 + 40) positions, on two CPU cores
+    python bench.py step --llm vicuna-7b --batch_size 16 --grad_checkpoint          on a GPU
+    python bench.py words               labels.nearest_words against the bare matrix product
+    python bench.py padding             what padding costs stage 2, by the order of the samples
+    python bench.py gpu                 all of it on one GPU of 80 GB
+    python bench.py gpu --tiny          the same in miniature, to see that it runs
 
 The models have the true shapes and random weights; nothing is downloaded. A step is train.py's own:
 forward, backward, AdamW, and what is logged.
@@ -27,14 +29,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-import bench
 import train
 from data import IGNORE, cli, collate, geometry, grouped_order, run_command
-from labels import rank_device
+from labels import nearest_words, rank_device
 from model import SEAModel, assemble
 from toy import make_tokenizer
 
@@ -114,7 +116,7 @@ def random_item(model, i, text_length, is_trained=1.0):
     m = model.image_tokens
     is_image = torch.arange(m + text_length) < m
     ids = torch.randint(10, 900, is_image.shape, generator=rng)
-    ids[is_image] = model.image_token_id
+    ids[is_image] = model.llava.config.image_token_id
     trains = torch.rand(is_image.shape, generator=rng) < is_trained
     return {
         "index": i,
@@ -196,6 +198,53 @@ def loader_speed():
     return 50 / (time.perf_counter() - start)
 
 
+def compare(functions, repeats):
+    """Run functions in turn, once to warm up and `repeats` times -> {name: seconds of each run}.
+
+    Prints each median time, and how much of it the first function takes: the median, and the least
+    to greatest, of the ratios within a turn.
+    """
+    seconds = {name: [] for name in functions}
+    for turn in range(1 + repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    first = next(iter(seconds))
+    for name, values in seconds.items():
+        ratios = sorted(a / b for a, b in zip(seconds[first], values))
+        print(
+            f"{name:24}{statistics.median(values):9.3f} s   {first} takes "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) of it"
+        )
+    return seconds
+
+
+def time_search(patches: int = 4096, words: int = 400_000, dim: int = 768, repeats: int = 5):
+    """Time nearest_words on random unit vectors against the bare products of the same shapes."""
+    device = rank_device()
+    patch_embeds = F.normalize(torch.randn(patches, dim, device=device), dim=-1)
+    word_embeds = F.normalize(torch.randn(words, dim, device=device), dim=-1)
+    bf16_patches = patch_embeds.bfloat16()
+    bf16_words = word_embeds.bfloat16()
+    print(f"{patches:,} patches, {words:,} words, {dim} numbers each, {device}")
+    searches = {
+        "nearest_words": lambda: nearest_words(patch_embeds, word_embeds, 10, sign=1),
+        "product in float32": lambda: multiply(patch_embeds, word_embeds),
+        "product in bfloat16": lambda: multiply(bf16_patches, bf16_words),
+    }
+    return compare(searches, repeats)
+
+
+def multiply(patch_embeds, word_embeds):
+    """All products of the rows of both, block by block: together they might not fit in memory."""
+    for rows in word_embeds.split(8192):
+        patch_embeds @ rows.T
+
+
 def time_steps(
     llm: LLM = "gemma-3-270m",
     stage: Literal["pretrain", "finetune"] = "pretrain",
@@ -227,7 +276,7 @@ def time_steps(
         with FlopCounterMode(display=False) as counter:
             losses[name] = step()
         flops[name] = counter.get_total_flops()
-    seconds = bench.compare(steps, repeats)
+    seconds = compare(steps, repeats)
     table = {}
     for name in steps:
         time_of_one = statistics.median(seconds[name])
@@ -283,7 +332,7 @@ def gpu(out: str = "gpu.json", tiny: bool = False):
     results["tests"] = subprocess.run(tests).returncode
     for words in (400, 4000) if tiny else (40_000, 4_000_000):
         patches = 64 if tiny else 32 * 576
-        results[f"{words} words"] = bench.time_search(patches, words, repeats=3)
+        results[f"{words} words"] = time_search(patches, words, repeats=3)
     llms = ["tiny"] if tiny else ["gemma-2b", "vicuna-7b"]
     size = dict(batch_size=2, repeats=1) if tiny else dict(batch_size=16, repeats=5)
     runs = [(llm, "pretrain", more, 64) for llm in llms for more in ({}, {"grad_checkpoint": True})]
@@ -302,5 +351,5 @@ def gpu(out: str = "gpu.json", tiny: bool = False):
 
 
 if __name__ == "__main__":
-    commands = {"step": time_steps, "padding": time_padding, "gpu": gpu}
+    commands = {"step": time_steps, "words": time_search, "padding": time_padding, "gpu": gpu}
     cli(lambda: run_command(__doc__, commands))

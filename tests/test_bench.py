@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,7 @@ from adapter import Adapter
 from data import UserError
 from model import SEAModel, adapter_state, assemble
 
+ROOT = Path(__file__).parent.parent
 LLAMA = dict(
     model_type="llama",
     architectures=["LlamaForCausalLM"],
@@ -465,8 +469,8 @@ def test_samples_of_a_file_that_is_here(tmp_path):
         run = dry_run(flags)["steps"]
         return [run[k] for k in ("samples", "samples a step", "steps", "warmup steps")]
 
-    steps = "--batch_size 4 --grad_accum 2 --dry_run 3 --epochs 2.5"
-    assert counts(f"--data blip_laion_cc_sbu_558k.json {steps}") == [100, 24, 11, 1]
+    steps = "--batch_size 4 --grad_accum 2 --dry_run 3"
+    assert counts(f"--data blip_laion_cc_sbu_558k.json {steps}") == [100, 24, 5, 1]
     assert counts("--data own.jsonl --max_steps 70") == [50, 32, 70, 3]
     with pytest.raises(UserError, match="nowhere.json: no such data file"):
         dry_run("--data nowhere.json")
@@ -579,7 +583,7 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
     else:
         built.thaw_llm("vision" in stage, torch.bfloat16)
     ids = torch.randint(3, 250, (4, 80))
-    ids[:, :16] = built.image_token_id
+    ids[:, :16] = built.llava.config.image_token_id
     labels = ids.clone()
     labels[:, : 16 if stage == "pretrain" else 48] = -100  # in stage 2 half of the text is trained
     weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
@@ -598,7 +602,7 @@ def test_activations_are_about_what_autograd_keeps(config, stage):
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16):
-            places = torch.where(ids.flatten() == built.image_token_id)[0]
+            places = torch.where(ids.flatten() == built.llava.config.image_token_id)[0]
             trained = torch.where(labels.flatten() != -100)[0]
             out = built(ids, places, trained, torch.randn(4, 3, 56, 56))
         assert out["loss_g"].requires_grad
@@ -644,8 +648,8 @@ def test_operations_are_those_that_torch_counts(stage, flags, monkeypatch):
     monkeypatch.setattr(train, "new_model", lambda *args: built)
     model, _ = train.build_model(cfg, torch.device("cpu"))
     ids = torch.randint(3, 250, (2, 80))
-    ids[:, :16] = model.image_token_id
-    places = torch.where(ids.flatten() == model.image_token_id)[0]
+    ids[:, :16] = model.llava.config.image_token_id
+    places = torch.where(ids.flatten() == model.llava.config.image_token_id)[0]
     with FlopCounterMode(display=False) as counter:
         model(ids, places, torch.arange(60, 80), torch.randn(2, 3, 56, 56))["loss_g"].backward()
     planned = 2 * bench.plan_operations(cfg, model, 80)
@@ -742,9 +746,18 @@ def test_data_of_stage_2_are_checked_as_chats(flags, world, tmp_path, capsys):
     assert "3 good samples" in capsys.readouterr().out
 
 
-def test_words_times_the_search_and_its_limits(capsys):
-    sizes = ["--patches", "3", "--words", "9000", "--dim", "8", "--repeats", "2"]
-    seconds = bench.main(["words", *sizes])
-    assert {"nearest_words", "product in float32", "product in bfloat16"} <= seconds.keys()
-    assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
-    assert "nearest_words takes 1.00 (1.00 to 1.00) of it" in capsys.readouterr().out
+def test_bench_times_the_search_and_a_step(tmp_path):
+    """As a program: python bench.py, from any folder."""
+
+    def said(command):
+        program = [sys.executable, ROOT / "bench.py", *command.split()]
+        return subprocess.run(
+            program, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    words = said("words --patches 3 --words 9000 --dim 8 --repeats 2")
+    assert "nearest_words takes 1.00 (1.00 to 1.00) of it" in words
+    assert "product in float32" in words and "product in bfloat16" in words
+    step = said("step --llm tiny --batch_size 2 --repeats 1")
+    losses = re.findall(r"loss (\S+)", step)
+    assert len(losses) == 3 and max(map(float, losses)) - min(map(float, losses)) < 2e-3

@@ -18,7 +18,7 @@ import eval as evaluation
 import figures
 import train
 from data import UserError, read_json_lines
-from figures import draw_curves, draw_tsne, draw_words, history
+from figures import SCORES, draw_curves, draw_tsne, draw_words, history
 
 # ------------------------------------------------------------------------------- words over patches
 
@@ -175,8 +175,8 @@ def test_a_file_that_only_looks_like_results_is_named(run_folder, text):
 def test_which_measures_figures_show():
     shown = ("val_tacs", "tacs", "pope f1", "gqa all")
     hidden = ("true all", "words all", "pope coco_pope_random f1", "qa open", "D", "val_loss")
-    assert all(re.fullmatch(evaluation.SCORES, name) for name in shown)
-    assert not any(re.fullmatch(evaluation.SCORES, name) for name in hidden)
+    assert all(re.fullmatch(SCORES, name) for name in shown)
+    assert not any(re.fullmatch(SCORES, name) for name in hidden)
 
 
 @pytest.fixture

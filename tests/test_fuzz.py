@@ -27,7 +27,6 @@ from conftest import PATCH, SIZE
 from PIL import Image
 from safetensors.torch import load_file
 
-import bench
 import data
 import eval
 import figures
@@ -231,7 +230,7 @@ def check_item(item, sample, sea, is_caption, max_length):
     ids = item["input_ids"]
     targets = item["targets"]
     is_trained = targets != IGNORE
-    is_image = ids == sea.image_token_id
+    is_image = ids == sea.llava.config.image_token_id
     assert is_image.sum() == (IMAGE_TOKENS if "pixels" in item else 0)
     assert (item["is_image"] == is_image).all() and not is_trained[0]
     assert not is_trained[is_image].any() and (targets == ids)[is_trained].all()
@@ -312,7 +311,7 @@ def test_questions_of_pope_are_refused_or_asked(world, sea, tmp_path):
         for i in range(len(asked)):
             item, _ = attempt(lambda: dataset[i])  # noqa: B023
             if item:
-                assert (item["input_ids"] == sea.image_token_id).sum() == IMAGE_TOKENS
+                assert (item["input_ids"] == sea.llava.config.image_token_id).sum() == IMAGE_TOKENS
                 assert item["pixels"].isfinite().all()
 
     lines = (b"\n".join([to_json(rng, row), to_json(rng, mutate(rng, row))]) for _ in range(150))
@@ -484,7 +483,7 @@ def history(root, world, flags):
     measures = figures.history(root / "out")
     for name, values in measures.items():
         assert all(isinstance(step, int) for step in values), f"a step of {name!r} is no number"
-        if re.fullmatch(eval.SCORES, name):  # what is drawn
+        if re.fullmatch(figures.SCORES, name):  # what is drawn
             assert all(isinstance(value, (int, float)) for value in values.values()), f"{name!r}"
     figures.draw_curves({"SEA": [measures]}, {"val_loss": "loss"}, "curves.png")
 
@@ -624,7 +623,6 @@ def command_lines(world, root, flags):
     model = f"--model {root}/out --samples 2"
     (root / "pope.json").write_text('{"image": "0.png", "text": "a door?", "label": "yes"}\n')
     return [
-        (bench, bench.time_search, "words --patches 4 --words 50 --dim 8 --n 2 --repeats 1"),
         (eval, eval.eval_tacs, f"tacs {model}"),
         (eval, eval.eval_gap, f"gap {model}"),
         (eval, eval.eval_words, f"words {model} --out w.png"),

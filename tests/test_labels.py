@@ -826,6 +826,14 @@ def test_label_i_is_row_i_of_the_files_together(tmp_path, shard):
         assert store[i][0].tolist() == ids[i].tolist() and store.record(i)["crc"] == i + 7
 
 
+def test_a_store_may_return_the_best_labels_only(tmp_path):
+    ids = np.random.default_rng(0).integers(-1, 9, (3, 4, 5))
+    folder = hand_store(tmp_path / "labels", "abcdefghi", ids)
+    for best, whole in zip(LabelStore(folder, max_labels=2), LabelStore(folder)):
+        assert [x.shape for x in best] == [(4, 2)] * 2 and whole[0].shape == (4, 5)
+        assert all(torch.equal(x, y[:, :2]) for x, y in zip(best, whole))
+
+
 def test_the_labels_of_558_128_images_need_14_gigabytes():
     for q, itemsize in [(60_000, 576 * 10 * (2 + 2) + 4), (70_000, 576 * 10 * (4 + 2) + 4)]:
         assert record_type(q, 576, 10).itemsize == itemsize
@@ -1381,8 +1389,8 @@ def test_words_reports_what_it_keeps_and_drops(tmp_path, capsys):
         ]
     )
     out = capsys.readouterr().out
-    assert f"5 of the 13 words of {tmp_path}/data.json: dog, apple, cat, red-hot, zebra ..." in out
-    assert f"7 words in {tmp_path}/words.txt" in out
+    words = "dog, apple, cat, red-hot, zebra, ant, bee"
+    assert f"7 words in {tmp_path}/words.txt: {words} ..." in out
 
 
 def test_words_of_any_language_and_possessives(tmp_path):
@@ -1415,6 +1423,20 @@ def test_words_of_any_language_and_possessives(tmp_path):
         "clock",
     }
     assert read_words(tmp_path / "words.txt")[:2] == ["dog", "tail"]  # twice each
+
+
+def test_phrases_are_words_in_a_row(tmp_path):
+    """Stop words, single characters, numbers and punctuation end them, and so does a possessive."""
+    captions = ["A red striped circle, on the green grass", "Red striped circle 5 dog's tail"]
+    flags = ["--out", f"{tmp_path}/words.txt", "--min_count", "1", "--phrase_length"]
+    data = captions_file(tmp_path / "data.json", captions)
+    twice = ["circle", "red", "red striped", "red striped circle", "striped", "striped circle"]
+    once = ["dog", "grass", "green", "green grass", "tail"]
+    main(["words", "--data", data, *flags, "3"])
+    assert read_words(tmp_path / "words.txt") == twice + once
+    main(["words", "--data", data, *flags, "2"])
+    twice.remove("red striped circle")
+    assert read_words(tmp_path / "words.txt") == twice + once
 
 
 def test_a_tagger_leaves_nouns_adjectives_and_verbs(tmp_path, capsys):
@@ -1451,17 +1473,17 @@ def test_a_tagger_leaves_nouns_adjectives_and_verbs(tmp_path, capsys):
             "1",
             "--tagger",
             f"{tmp_path}/pipeline",
+            "--phrase_length",
+            "2",
         ]
     )
-    assert read_words(tmp_path / "words.txt") == ["dog", "ran", "light", "red", "striped"]
-    out = capsys.readouterr().out
-    assert "5 of the 5 words of " in out and ": dog, ran, light, red, striped ..." in out
+    expected = ["dog", "ran", "dog ran", "light", "light ran", "red", "red dog", "striped"]
+    assert read_words(tmp_path / "words.txt") == [*expected, "striped dog"]
+    assert ": dog, ran, dog ran, light, light ran, red, " in capsys.readouterr().out
 
 
 def test_a_tagger_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match=r"--tagger no_such_pipeline: .*python -m spacy download en_core_web_sm"
-    ):
+    with pytest.raises(OSError, match="Can't find model 'no_such_pipeline'"):  # cli prints it
         main(
             [
                 "words",
@@ -1571,15 +1593,11 @@ def red_and_blue(tmp_path):
     return make
 
 
-def test_show_prints_how_many_how_sure_and_which_words(red_and_blue, tmp_path, capsys):
+def test_show_prints_how_many_and_which_words(red_and_blue, tmp_path, capsys):
     main(["show", "--labels", str(red_and_blue()), "--out", f"{tmp_path}/out.png"])
     printed = capsys.readouterr().out
     assert "2 images, 3 words" in printed
     assert "these labels:  75.0% labelled, lift" in printed  # 6 of 8 patches have a label
-    bars = re.findall(r"score (\S+) to (\S+) +(\S+)% (#*)$", printed, re.M)
-    assert [(low, high) for low, high, *_ in bars[:2]] == [("0.500", "0.525"), ("0.525", "0.550")]
-    assert [share for *_, share, _ in bars] == ["55.6", *["0.0"] * 8, "44.4"]
-    assert [len(bar) for *_, bar in bars] == [28, *[0] * 8, 22]  # # is 2 %
     assert "3 different top words, how often: {'door': 3, 'wall': 2, 'sky': 1}" in printed
     assert "true:" not in printed
 
@@ -1596,7 +1614,7 @@ def test_show_of_one_word_and_of_none(red_and_blue, tmp_path, capsys):
 def test_caption_lift_by_hand():
     """Of three images two have a word of their own caption, and the first one of the last's."""
     captions = ["A dog, a cat.", "The red car", "one bird and a dog"]
-    words = [["dog", "dog", "sky"], ["car", "", "car"], ["tree", "tree", "road"]]
+    words = [["dog", "dog", "sky"], ["red car", "", "car"], ["dog cat", "tree", "car red"]]
     patches = [[[(word, 0.5)] if word else [] for word in of_image] for of_image in words]
     # own: dog twice, car twice. The next one's: none. The one's after it: dog twice.
     assert labels.caption_lift(captions, patches).tolist() == [4, 2]

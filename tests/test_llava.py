@@ -348,12 +348,12 @@ def test_a_llava_model_of_other_settings_gives_its_own_logits(parts, tmp_path, f
     folder = change_config(tmp_path / "model", fields)
     model = load_model(folder)
     theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.tensor([[5] + [model.image_token_id] * model.image_tokens + [6, 7]])
-    targets = ids.masked_fill(ids == model.image_token_id, IGNORE)
+    ids = torch.tensor([[5] + [model.llava.config.image_token_id] * model.image_tokens + [6, 7]])
+    targets = ids.masked_fill(ids == model.llava.config.image_token_id, IGNORE)
     pixels = torch.randn(1, 3, 336, 336)
     with torch.no_grad():
         logits = theirs(ids, pixel_values=pixels).logits
-        places = torch.where(ids[0] == model.image_token_id)[0]
+        places = torch.where(ids[0] == model.llava.config.image_token_id)[0]
         out = model(ids, places, torch.where(targets[0, 1:] != IGNORE)[0] + 1, pixels)
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], targets[0, 1:])
     assert loss == pytest.approx(out["loss_g"].item(), abs=1e-4)

@@ -77,8 +77,8 @@ def by_hand(model, llm, batch, b):
     x_v = model.adapter(hidden[-2][0, 1:])
     x = []
     for token in ids.tolist():
-        if token == model.image_token_id:
-            x.append(x_v[len([i for i in ids[: len(x)] if i == model.image_token_id])])
+        if token == model.llava.config.image_token_id:
+            x.append(x_v[len([i for i in ids[: len(x)] if i == model.llava.config.image_token_id])])
         else:
             x.append(llm.get_input_embeddings().weight[token])
     logits = llm(inputs_embeds=torch.stack(x)[None]).logits[0]
@@ -125,6 +125,17 @@ def test_word_features_are_means_of_embeddings(model, llm):
     assert model.word_features(torch.empty(0, dtype=torch.int64)).shape == (0, 24)
 
 
+def test_the_feature_of_a_word_may_be_its_first_token(model, llm, labels):
+    words = ["red", "redred red"]
+    model.set_words(words, max_tokens=1)
+    both = model.word_features(torch.tensor([0, 1]))
+    model.set_words(words)
+    first_token = llm.get_input_embeddings().weight[model.word_token_ids[1][0]]
+    assert len(model.word_token_ids[1]) > 1 and torch.equal(both[1], first_token)
+    assert not torch.equal(both[1], model.word_features(torch.tensor([1]))[0])
+    model.set_words(LabelStore(labels).words)
+
+
 def test_alignment_loss_reaches_the_adapter_and_the_temperature(model, batch):
     model.zero_grad()
     out = model(**batch, generator=[torch.Generator().manual_seed(i) for i in range(4)])
@@ -144,7 +155,7 @@ def test_generate_is_greedy_decoding_step_by_step(model, llm, batch):
     new = model.generate(prompt(batch, 2), max_new_tokens=5, min_new_tokens=5)
     ids = batch["input_ids"][:2, :27]
     with torch.no_grad():
-        x = llm.get_input_embeddings()(ids.masked_fill(ids == model.image_token_id, 0))
+        x = llm.get_input_embeddings()(ids.masked_fill(ids == model.llava.config.image_token_id, 0))
         x[:, 1:26] = model.visual_tokens(batch["pixels"][:2])
         for step in range(5):
             logits = llm(inputs_embeds=x).logits[:, -1]

@@ -52,7 +52,7 @@ def test_the_loss_in_a_trainer_of_ones_own(world, labels, tmp_path, monkeypatch)
     torch.manual_seed(0)
     out = model(
         ids,
-        torch.where(ids.flatten() == model.image_token_id)[0],
+        torch.where(ids.flatten() == model.llava.config.image_token_id)[0],
         torch.arange(0),
         pixels,
         torch.stack([label_ids for label_ids, _ in rows]),

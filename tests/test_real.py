@@ -189,7 +189,7 @@ def same_answers(model, folder, photo):
         return_tensors="pt",
     )
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
-    assert (ids == model.image_token_id).sum() == 576
+    assert (ids == model.llava.config.image_token_id).sum() == 576
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixels": pixels}
     llm = AutoModelForCausalLM.from_config(model.llava.config.text_config, dtype=torch.float32)
     llm.eval().model.load_state_dict(model.llava.model.language_model.state_dict())

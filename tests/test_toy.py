@@ -2,6 +2,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -268,67 +269,80 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     pytest.fail("the worker outlived its parent")
 
 
-def test_true_labels(small, monkeypatch):
-    monkeypatch.chdir(small.parent)
-    for _ in range(2):  # also over what an earlier report left
-        toy.true_labels()
-        store = labels.LabelStore("toy/labels_truth")
-        truth = json.loads((small / "truth.json").read_text())
-        for i, sample in enumerate(data.load_samples(small / "train.json")):
-            judged = {
-                int(patch): words
-                for patches in truth[sample["image"]].values()
-                for patch, words in patches.items()
-            }
-            ids, scores = store[i]
-            for patch in range(64):
-                kept = [store.words[j] for j in ids[patch] if j >= 0]
-                assert kept == list(judged.get(patch, [])), (i, patch)
-                assert scores[patch].tolist() == [1.0] * len(kept) + [0.0] * (2 - len(kept))
-
-
-def test_report_end_to_end(small, tmp_path, monkeypatch, capsys):
-    """The real scripts, three steps on few questions; then again, with one run missing."""
+@pytest.fixture
+def short_runs(small, tmp_path, monkeypatch):
+    """The real scripts in a folder of their own: three steps, few questions, two variants more."""
     folder = shutil.copytree(small, tmp_path / "toy")
     for file in folder.glob("val*.json"):
         file.write_text(json.dumps(json.loads(file.read_text())[:8]))
     for file in folder.glob("pope/*.json"):
         file.write_text("\n".join(file.read_text().splitlines()[:4]))
     monkeypatch.chdir(tmp_path)
-    for name in ("PRETRAIN", "FINETUNE"):
-        script = getattr(toy, name).replace("--seed", "--max_steps 3 --save_every 1 --seed")
-        for step, short in (("60", "1"), ("120", "2"), ("180", "3")):
-            script = script.replace(f"step_{step} ", f"step_{short} ")
-        script = re.sub(r"step_(60|120|180)'", lambda m: f"step_{int(m[1]) // 60}'", script)
-        monkeypatch.setattr(toy, name, script.replace("--samples 250", "--samples 8"))
-    monkeypatch.setattr(
-        toy, "VARIANTS", {k: toy.VARIANTS[k] for k in ("baseline", "SEA", "SEA_n10")}
-    )
-    monkeypatch.setattr(toy, "BOTH_STAGES", ("baseline", "SEA"))
-    out = Path("out/the report")
-    toy.report(seeds=1, out=out)
+    script = toy.SCRIPT.replace("--seed", "--max_steps 3 --save_every 1 --seed")
+    monkeypatch.setattr(toy, "SCRIPT", script.replace("--samples 250", "--samples 8"))
+    some = ("baseline", "SEA", "fixed_tau", "labels_10_uniform")
+    monkeypatch.setattr(toy, "ABLATIONS", {name: toy.ABLATIONS[name] for name in some})
+    return Path("out/the report")
 
+
+def test_report_and_ablate_end_to_end(short_runs, capsys):
+    out = short_runs
+    toy.report(seeds=1, out=out)
     said = capsys.readouterr().out
-    assert "| | baseline | SEA | SEA_n10 |" in said and "| | baseline | SEA |\n" in said
-    gap = labels_of(out / "SEA_0/pretrain/eval.jsonl", "D_of_unit_vectors")
-    assert f"{gap:.3f} ({gap:.3f} to {gap:.3f})" in said
+    assert "| pretrain | TACS | D, unit vectors |" in said and "| finetune | POPE F1 |" in said
+    gap = of_eval(out / "SEA_0/pretrain", "D_of_unit_vectors")[-1]
+    row = next(line for line in said.splitlines() if line.startswith("| SEA |"))
+    assert row.split("|")[3].strip() == f"{gap:.3f} ± 0.000"
     drawn = {file.name for file in (out / "figures").iterdir()}
     assert drawn == {"pretraining.png", "language.png", "tsne.png", "words.html"}
-    assert sorted(run.name for run in out.glob("*_0")) == ["SEA_0", "SEA_n10_0", "baseline_0"]
-    config = json.loads((out / "SEA_n10_0/pretrain/config.json").read_text())
-    assert config["labels"] == "toy/labels_n10" and not (out / "SEA_n10_0/finetune").exists()
+    assert sorted(run.name for run in out.glob("*_0")) == ["SEA_0", "baseline_0"]
+    # --model RUN/checkpoints measures all of them, in the order of their steps
+    steps = [line["step"] for line in lines_of(out / "SEA_0/pretrain") if "pope" in line]
+    assert steps == [1, 2, 3]
 
     def times():
         return {run.name: (run / "done").stat().st_mtime for run in out.glob("*_0")}
 
     before = times()
-    (out / "SEA_n10_0/done").unlink()
-    toy.report(seeds=1, out=out)
+    (out / "SEA_0/done").unlink()
+    toy.ablate(seeds=1, out=out)
     after = times()
-    assert after.pop("SEA_n10_0") > before.pop("SEA_n10_0") and after == before
-    assert capsys.readouterr().out.count("| TACS (more is better) |") == 1
+    assert after["SEA_0"] > before["SEA_0"] and after["baseline_0"] == before["baseline_0"]
+    said = capsys.readouterr().out
+    assert [said.count(f"| {name} |") for name in toy.ABLATIONS] == [2] * 4
+
+    def config(variant):
+        return json.loads((out / f"{variant}_0/pretrain/config.json").read_text())
+
+    assert config("labels_10_uniform")["labels"] == "toy/labels_n10"
+    assert config("labels_10_uniform")["sampling"] == "uniform"
+    assert config("fixed_tau")["learn_tau"] is False and config("SEA")["learn_tau"] is True
 
 
-def labels_of(file, measure):
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return next(line[measure] for line in lines if measure in line)
+def test_every_ablation_is_a_command_line():
+    """All but the full method differ from it, and no two are the same."""
+    configs = []
+    for flags in toy.ABLATIONS.values():
+        argv = ["--preset", "toy", "--out_dir", "x", *shlex.split(flags)]
+        configs.append(train.parse_config(argv))
+    assert len(set(configs)) == len(configs)
+
+
+def test_the_table_has_mean_and_half_the_range(capsys):
+    runs = {"a": [{"m": {1: 9.0, 2: 1.0}}, {"m": {2: 4.0}}], "b": [{"m": {2: 0.5}}]}
+    toy.print_table("stage", runs, {"m": "Measure"})
+    said = capsys.readouterr().out.split("\n")
+    assert said[1:5] == [
+        "| stage | Measure |",
+        "|---|---|",
+        "| a | 2.500 ± 1.500 |",
+        "| b | 0.500 ± 0.000 |",
+    ]
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+
+
+def of_eval(run, measure):
+    return [line[measure] for line in lines_of(run) if measure in line]
