@@ -193,9 +193,8 @@ def load_encoder(name, device="cpu"):
         )
         encoder.tokenizer = open_clip.get_tokenizer(model)
     except (OSError, RuntimeError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
         raise UserError(
-            f"--encoder {name}: cannot be loaded ({reason}); give {', '.join(ENCODERS)}, a folder, "
+            f"--encoder {name}: cannot be loaded ({e}); give {', '.join(ENCODERS)}, a folder, "
             "or MODEL/WEIGHTS of open_clip"
         ) from e
     # PAPER: Eq. 8 is about OpenAI's CLIP, read after its last block. Nothing is said of other
@@ -774,13 +773,13 @@ def show(
     data: str = "",
     image_folder: str = "",
 ):
-    """Print what the labels of up to 500 images are like, and write a page with some of the images.
+    """Write a page with some images and their labels, and print what up to 500 images' are like.
 
-    Then how many patches have a label, and the caption_lift, by which one can judge labels without
-    knowing the truth. compare: also of new labels by each path and sign of the encoder, which takes
-    minutes on a GPU. images: how many are on the page, at most. truth: a JSON file of true words,
-    as toy.py writes it, for the share of top words that are true. data, image_folder: if they have
-    moved.
+    That is how many patches have a label, the most frequent top words, and how well they agree with
+    the captions (caption_lift), by which one can judge labels without knowing the truth. compare:
+    also of new labels by each path and sign of the encoder, which takes minutes on a GPU. images:
+    how many are on the page, at most. truth: a JSON file of true words, as toy.py writes it, for
+    the share of top words that are true. data, image_folder: if they have moved.
     """
     from figures import draw_words
 
@@ -793,11 +792,6 @@ def show(
     files = [samples[row]["image"] for row in rows]
     labels_of = with_words(files, store.words, ids, scores)
 
-    patches = itertools.chain(*labels_of.values())
-    counts = collections.Counter(labels[0][0] for labels in patches if labels)
-    print(f"{len(store):,} images, {len(store.words):,} words; of {len(ids)} of the images:")
-    print(f"{len(counts):,} different top words, how often: {dict(counts.most_common(10))}")
-
     pictures = []
     for file in files[:: math.ceil(len(files) / images)]:
         image, _ = read_image(Path(meta["image_folder"]) / file)
@@ -807,35 +801,48 @@ def show(
 
     captions = [samples[row]["conversations"][1]["value"] for row in rows]
     captions = dict(zip(files, captions)).values()  # an image may occur twice
+    print(f"{len(store):,} images, {len(store.words):,} words; of {len(captions)} of the images:")
     trials = [("these labels", ids, scores)]
     if compare:
         trials = itertools.chain(trials, _try_paths(store, samples, rows))
     for name, *trial in trials:
         labels_of = with_words(files, store.words, *trial)
-        lifts = caption_lift(captions, labels_of.values())
-        has_label = list(map(bool, itertools.chain(*labels_of.values())))
+        patches = list(itertools.chain(*labels_of.values()))
+        counts = collections.Counter(labels[0][0] for labels in patches if labels)
+        lifts, found = caption_lift(captions, labels_of.values())
         print(
-            f"{name:>16}: {np.mean(has_label):6.1%} labelled, lift {np.median(lifts):.2f} "
-            f"({min(lifts):.2f} to {max(lifts):.2f})"
+            f"{name}: {sum(counts.values()) / len(patches):.1%} labelled, "
+            f"lift {np.median(lifts):.2f} ({min(lifts):.2f} to {max(lifts):.2f}), "
+            f"{found[0] / len(captions):.2f} words of each caption "
+            f"({found[1:].mean() / len(captions):.2f} of another), "
+            f"{len(counts):,} top words: {dict(counts.most_common(8))}"
         )
         if truth:
             print("true:", true_share(truth, labels_of))
 
 
 def caption_lift(captions, labels):
-    """How often a patch's top word stands in the caption of its image, over how often in another's:
-    1 by chance, more if labels are right. It does not see whether a word is at the right place.
+    """How well the top words of patches agree with captions: two measures that need no truth.
 
-    captions: of the images; labels: of their patches, as of with_words. -> up to five values, with
-    the caption of the next image, of the one after it, and so on as the other.
+    lifts: how often a patch's top word stands in the caption of its image, over how often in that
+    of another: 1 by chance, more if labels are right, wherever in the image they are. found: how
+    many words of captions are the top word of some patch of their image, over all images; few if
+    things get the labels of what is around them.
+
+    captions: of the images; labels: of their patches, as of with_words. -> lifts, up to five, with
+    the caption of the next image, of the one after it, and so on as the other; and found, of the
+    images' own captions and of each of these.
     """
     words = [set(_phrases(caption, 3)) for caption in _caption_words(captions)]
-    hits = np.zeros(max(2, min(6, len(words))))  # of one image alone it is always 1
+    hits = np.zeros(max(2, min(6, len(words))))  # of one image alone the lift is always 1
+    found = np.zeros_like(hits)
     for i, patches in enumerate(labels):
-        top_words = [label[0][0] for label in patches if label]
+        counts = collections.Counter(label[0][0] for label in patches if label)
         for shift in range(len(hits)):
-            hits[shift] += sum(word in words[(i + shift) % len(words)] for word in top_words)
-    return hits[0] / hits[1:].clip(1)
+            agreeing = counts.keys() & words[(i + shift) % len(words)]
+            hits[shift] += sum(counts[word] for word in agreeing)
+            found[shift] += len(agreeing)
+    return hits[0] / hits[1:].clip(1), found
 
 
 def with_words(files, words, ids, scores):
