@@ -535,6 +535,8 @@ def figures(
     it is 7.61 % for Gemma-2B). Draws, of stage 1, tsne.png (Figure 2) and curves.png (Figure 5:
     TACS, and POPE if eval.py measured it for several checkpoints); of stage 2 curves.png (Figure
     3a: what eval.py or lm-evaluation-harness measured for several checkpoints).
+
+    PAPER: how MMLU is asked for Figure 3a is not said; 5 examples before each question are usual.
     """
     histories = {}
     groups = {}

@@ -7,6 +7,7 @@ scikit-learn; they are imported where they are used.
 import base64
 import collections
 import io
+import itertools
 import json
 import math
 import re
@@ -22,13 +23,6 @@ from labels import write_file
 
 # ------------------------------------------------------------------------------- words over patches
 
-# Colors of the most frequent words that are not the name of a color, the most frequent first.
-PALETTE = """
-    #42d4f4 #f58231 #f032e6 #9a6324 #469990 #bfef45 #fabed4 #dcbeff #aaffc3 #808000 #4363d8 #e6194b
-    #911eb4 #3cb44b #800000 #000075 #ffd8b1 #fffac8 #ffe119 #00a0a0
-"""
-GREY = "#808080"  # of all other words
-
 
 def draw_words(images, grid, file):
     """Patches in the colors of their words (Figure 1a): a web page in one file, for any browser.
@@ -38,15 +32,13 @@ def draw_words(images, grid, file):
     """
     counts = collections.Counter()
     for _, _, panels in images:
-        for patches in panels.values():
-            counts.update(labels[0][0] for labels in patches if labels)
-    palette = iter(PALETTE.split())
+        for labels in itertools.chain(*panels.values()):
+            counts.update(word for word, _ in labels)
     colors = {}
-    for word, _ in counts.most_common():
-        if word in ImageColor.colormap:  # a word that is a color gets that color
-            colors[word] = "#" + bytes(ImageColor.getrgb(word)).hex()
-        else:
-            colors[word] = next(palette, GREY)
+    for number, (word, _) in enumerate(counts.most_common()):
+        # "red" is red. The golden angle parts the hues of all other words.
+        is_color = word in ImageColor.colormap
+        colors[word] = word if is_color else f"hsl({137.5 * number % 360:.0f} 45% 45%)"
 
     shown = []
     for name, pixels, panels in images:
@@ -62,57 +54,50 @@ def draw_words(images, grid, file):
 
 
 PAGE = r"""<!doctype html>
-<meta charset="utf-8">
 <title>Words of patches</title>
 <style>
-  body { font: 14px sans-serif; margin: 16px; color: #222 }
-  #panels { display: flex; gap: 16px; align-items: flex-start }
+  body { font: 14px sans-serif; margin: 16px }
+  #panels { display: flex; gap: 16px }
   .panel { flex: 1; max-width: 640px; min-width: 0 }
   .image { position: relative }
   .image img { width: 100%; display: block; image-rendering: pixelated }
   .words img { filter: grayscale(1) }
   .patches { position: absolute; inset: 0; display: grid }
-  .patches div { display: flex; align-items: center; justify-content: center; overflow: hidden;
-    font-size: 11px; color: white; text-shadow: 0 0 2px black, 0 0 2px black; cursor: pointer }
-  .patches div.here { outline: 2px solid black; outline-offset: -2px; z-index: 1 }
+  .patches div { display: grid; place-items: center; overflow: hidden; cursor: pointer;
+    font-size: 11px; color: white; text-shadow: 0 0 2px black, 0 0 2px black }
   .word { display: inline-block; margin: 2px; padding: 1px 5px; border-left: 12px solid;
     background: #e8e8e8; cursor: pointer }
-  .word.chosen { outline: 2px solid black }
+  .here, .chosen { outline: 2px solid black; outline-offset: -2px }
   .labels { min-height: 5em }
 </style>
-<p>
-  <input id="slider" type="range" min="0" value="0"> <b id="name"></b><br>
-  Hover over a patch to see its words and their scores. Click it, or a word, to light up all patches
-  that have the word; click again for all words.
-</p>
+<input id="slider" type="range" min="0" value="0"> <b id="name"></b>
+<p>Hover over a patch for its words and scores. Click it, or a word, to see where it is.</p>
 <div id="panels"></div>
 <script>
 const data = DATA;
 const [H, W] = data.grid;
-Object.setPrototypeOf(data.colors, null);  // "constructor" is a word like any other
 const slider = document.getElementById("slider");
+const panels = document.getElementById("panels");
 let chosen = "";  // the word whose patches are lit
 let here = 0;  // the patch whose labels are listed
 slider.max = data.images.length - 1;
 slider.oninput = show;
 
-function add(parent, className, text = "", tag = "div") {
+function add(parent, className, textContent = "", tag = "div") {
   const element = parent.appendChild(document.createElement(tag));
-  element.className = className;
-  element.textContent = text;
-  return element;
-}
-
-function choose(word) {
-  chosen = chosen === word ? "" : word;
-  show();
+  return Object.assign(element, { className, textContent });
 }
 
 function addWord(parent, word, number) {
   const element = add(parent, "word", `${word} ${number}`, "span");
   element.classList.toggle("chosen", word === chosen);
-  element.style.borderColor = data.colors[word] || "#808080";
+  element.style.borderColor = data.colors[word];
   element.onclick = () => choose(word);
+}
+
+function choose(word) {
+  chosen = chosen === word ? "" : word;
+  show();
 }
 
 function showLabels(patch) {
@@ -123,41 +108,37 @@ function showLabels(patch) {
     const labels = panel.querySelector(".labels");
     labels.textContent = `Row ${Math.floor(patch / W)}, column ${patch % W}: `;
     for (const [word, score] of panel.patches[patch]) addWord(labels, word, score.toFixed(3));
-    if (!panel.patches[patch].length) labels.append("no label");
   }
 }
 
 function addPanel(image, title, patches) {
-  const panel = add(document.getElementById("panels"), patches ? "panel words" : "panel");
-  add(panel, "", title);
+  const panel = add(panels, "panel words", title);
   const picture = add(panel, "image");
   add(picture, "", "", "img").src = image.picture;
-  if (!patches) return;
   panel.patches = patches;
   const grid = add(picture, "patches");
   grid.style.gridTemplate = `repeat(${H}, 1fr) / repeat(${W}, 1fr)`;
-  const counts = Object.create(null);
+  const counts = new Map();
   patches.forEach((labels, patch) => {
     const top = labels.length ? labels[0][0] : "";
-    const isLit = chosen ? labels.some(([word]) => word === chosen) : top;
-    if (top) counts[top] = (counts[top] || 0) + 1;
-    const cell = add(grid, "", isLit && W <= 12 ? chosen || top : "");
-    const color = data.colors[chosen || top] || "#808080";
-    if (isLit) cell.style.background = color + (chosen === top ? "d0" : "60");
+    if (top) counts.set(top, (counts.get(top) || 0) + 1);
+    const word = chosen || top;
+    const isLit = labels.some(([label]) => label === word);
+    const cell = add(grid, "", isLit && W <= 12 ? word : "");
+    cell.style.background = isLit ? data.colors[word] : "";
+    cell.style.opacity = word === top ? 0.8 : 0.4;
     cell.onmouseenter = () => showLabels(patch);
     cell.onclick = () => choose(top);
   });
   add(panel, "labels");
-  add(panel, "", "Most frequent top words:");
-  const byCount = Object.entries(counts).sort((a, b) => b[1] - a[1]);
-  for (const [word, count] of byCount.slice(0, 30)) addWord(panel, word, count);
+  for (const [word, count] of [...counts].sort((a, b) => b[1] - a[1])) addWord(panel, word, count);
 }
 
 function show() {
   const image = data.images[slider.value];
   document.getElementById("name").textContent = image.name;
-  document.getElementById("panels").textContent = "";
-  addPanel(image, "image");
+  panels.textContent = "";
+  add(add(add(panels, "panel", "image"), "image"), "", "", "img").src = image.picture;
   for (const [title, patches] of Object.entries(image.panels)) addPanel(image, title, patches);
   showLabels(here);
 }

@@ -44,7 +44,8 @@ from loss import sea_loss, word_features
 # The paper's parts by short name (Tables 1, 2 and 5), and a small LLM of today for a single GPU.
 # Any other hub name, folder or GGUF file is taken as it is.
 # PAPER: "Gemma-2B" and "Llama-3-8B" are taken to be the models that are tuned to instructions, as
-# Vicuna and Phi-3-mini are.
+# Vicuna and Phi-3-mini are. "DINOv2" is taken to be its large model at 224 pixels, which has the
+# 16 x 16 patches of CLIP-L/14 at 224 pixels; its labels are made by that.
 LLMS = {
     "vicuna-7b": "lmsys/vicuna-7b-v1.5",
     "vicuna-13b": "lmsys/vicuna-13b-v1.5",
