@@ -17,7 +17,6 @@ loss.py.
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -289,14 +288,12 @@ def eval_words(
         print(run.path)
         save_result(run, result)
 
-    # The images as the last run, that of --model, sees them, but not normalized.
-    unscaled = sea.preprocess | {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    captions = dataclasses.replace(captions, preprocess=unscaled)
-    pictures = []
-    for i, file in enumerate(files[:images]):
-        panels = {path: labels_of[file] for path, labels_of in labels_of_runs.items()}
-        pictures.append((file, captions[i]["pixels"], panels))
-    draw_words(pictures, sea.grid, out)
+    panels_of = collections.defaultdict(dict)
+    for path, labels_of in labels_of_runs.items():
+        for file in files[:images]:
+            panels_of[file][path] = labels_of[file]
+    seen = sea.preprocess  # by --model
+    draw_words(panels_of, image_folder, seen["size"], seen["mode"], sea.grid, out)
     return result
 
 

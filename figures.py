@@ -18,20 +18,20 @@ import torch
 from PIL import ImageColor
 from torchvision.transforms.functional import to_pil_image
 
-from data import UserError, read_json_lines
+from data import UserError, geometry, read_image, read_json_lines
 from labels import write_file
 
 # ------------------------------------------------------------------------------- words over patches
 
 
-def draw_words(images, grid, file):
+def draw_words(panels_of, image_folder, size, mode, grid, file):
     """Patches in the colors of their words (Figure 1a): a web page in one file, for any browser.
 
-    images: triples of a name, pixels [3, S, S] in 0..1, and panels {title: the labels of each
-    patch}, as of labels.with_words. grid: (H, W) patches.
+    panels_of: {image: {title: the labels of each patch, as of labels.with_words}}. size, mode: of
+    data.geometry, which gives the pixels that were labelled. grid: (H, W) patches.
     """
     counts = collections.Counter()
-    for _, _, panels in images:
+    for panels in panels_of.values():
         for labels in itertools.chain(*panels.values()):
             counts.update(word for word, _ in labels)
     colors = {}
@@ -41,7 +41,9 @@ def draw_words(images, grid, file):
         colors[word] = word if is_color else f"hsl({137.5 * number % 360:.0f} 45% 45%)"
 
     shown = []
-    for name, pixels, panels in images:
+    for name, panels in panels_of.items():
+        image, _ = read_image(Path(image_folder, name))
+        pixels = geometry(image, size, mode, mean=(0, 0, 0), std=(1, 1, 1))
         png = io.BytesIO()
         to_pil_image(pixels.clamp(0, 1)).save(png, "PNG")
         picture = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

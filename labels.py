@@ -792,12 +792,9 @@ def show(
     files = [samples[row]["image"] for row in rows]
     labels_of = with_words(files, store.words, ids, scores)
 
-    pictures = []
-    for file in files[:: math.ceil(len(files) / images)]:
-        image, _ = read_image(Path(meta["image_folder"]) / file)
-        pixels = geometry(image, meta["size"], meta["mode"], mean=(0, 0, 0), std=(1, 1, 1))
-        pictures.append((file, pixels, {"labels": labels_of[file]}))
-    draw_words(pictures, meta["grid"], out)
+    drawn = files[:: math.ceil(len(files) / images)]
+    panels_of = {file: {"labels": labels_of[file]} for file in drawn}
+    draw_words(panels_of, meta["image_folder"], meta["size"], meta["mode"], meta["grid"], out)
 
     captions = [samples[row]["conversations"][1]["value"] for row in rows]
     captions = dict(zip(files, captions)).values()  # an image may occur twice

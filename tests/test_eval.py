@@ -592,14 +592,15 @@ def test_words_of_two_runs_are_those_of_the_same_images(run, world, tmp_path, mo
     config |= {"val_data": str(tmp_path / "reversed.json"), "labels": ""}
     (other / "config.json").write_text(json.dumps(config))
     drawn = []
-    monkeypatch.setattr(evaluation, "draw_words", lambda pictures, *args: drawn.append(pictures))
+    monkeypatch.setattr(evaluation, "draw_words", lambda *args: drawn.append(args))
     for baseline in (run, other):
         flags = ["--model", str(run), "--baseline", str(baseline), "--samples", "3"]
         evaluation.main(["words", *flags])
-    for (name, pixels, panels), (same_name, same_pixels, others) in zip(*drawn):
-        assert name == same_name and torch.equal(pixels, same_pixels)
+    (one, *seen), (two, *same) = drawn
+    assert seen == same == [str(world / "images"), 30, "square", (5, 5), "words.html"]
+    assert list(one) == list(two) and len(one) == 3
+    for panels, others in zip(one.values(), two.values()):
         assert list(others) == [str(other), str(run)]
         assert panels[str(run)] == others[str(run)] == others[str(other)]
         assert len(panels[str(run)]) == 25
         assert all(len(labels) == 10 for labels in panels[str(run)])
-    assert len(drawn[0]) == len(drawn[1]) == 3

@@ -26,13 +26,15 @@ from figures import SCORES, draw_curves, draw_tsne, draw_words, history
 @pytest.fixture
 def page(tmp_path):
     """A page of a red and a blue image of 2 x 2 patches with two panels -> its file."""
-    images = []
-    for name, color in ("a.png", (1.0, 0, 0)), ("b.png", (0, 0, 1.0)):
-        pixels = torch.tensor(color).view(3, 1, 1).expand(3, 30, 30)
+    panels_of = {}
+    for name, color in ("a.png", "red"), ("b.png", "blue"):
+        image = Image.new("RGB", (60, 40), "white")
+        image.paste(color, (10, 0, 50, 40))  # what a square crop leaves
+        image.save(tmp_path / name)
         sky = [[("sky", 0.9), ("blue", 0.5)], [("blue", 0.4)], [], [("sky", 0.3)]]
         wall = [[("</script>", 0.2)], [("blue", 0.1), ("sky", 0.1)], [], []]
-        images.append((name, pixels, {"baseline": sky, "SEA": wall}))
-    draw_words(images, (2, 2), tmp_path / "new/out.html")
+        panels_of[name] = {"baseline": sky, "SEA": wall}
+    draw_words(panels_of, tmp_path, 40, "square", (2, 2), tmp_path / "new/out.html")
     return tmp_path / "new/out.html"
 
 
@@ -48,15 +50,16 @@ def test_a_page_holds_images_words_and_colors(page):
         assert image["name"] == name
         content = base64.b64decode(image["picture"].removeprefix("data:image/png;base64,"))
         picture = np.asarray(Image.open(io.BytesIO(content)))
-        assert picture.shape == (30, 30, 3) and (picture == color).all()
+        assert picture.shape == (40, 40, 3) and (picture == color).all()
         assert image["panels"]["baseline"][0] == [["sky", 0.9], ["blue", 0.5]]
 
 
 def test_words_that_are_colors_get_them_and_no_color_is_used_twice(tmp_path):
     words = [f"word{i // 2}" for i in range(50)] + ["red", "chocolate", "rare"]
     labels = [[(word, 1.0)] for word in words]
-    draw_words([("a", torch.zeros(3, 8, 8), {"labels": labels})], (1, 53), tmp_path / "a.png")
-    text = (tmp_path / "a.png.html").read_text()  # it is no picture
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    draw_words({"a.png": {"labels": labels}}, tmp_path, 8, "square", (1, 53), tmp_path / "a.jpg")
+    text = (tmp_path / "a.jpg.html").read_text()  # it is no picture
     colors = json.loads(re.search("const data = (.*);\n", text)[1])["colors"]
     assert colors["red"] == "red" and colors["chocolate"] == "chocolate"
     assert len(colors) == len(set(colors.values())) == 28
@@ -89,9 +92,8 @@ def test_the_page_of_words_needs_no_matplotlib(tmp_path):
     """Run where importing matplotlib or scikit-learn fails."""
     code = (
         "import sys; sys.modules['matplotlib'] = sys.modules['sklearn'] = None\n"
-        "import torch, figures\n"
-        "images = [('a', torch.zeros(3, 8, 8), {'x': [[('a', 1.0)]]})]\n"
-        "figures.draw_words(images, (1, 1), sys.argv[1])"
+        "import figures\n"
+        "figures.draw_words({}, '.', 8, 'square', (1, 1), sys.argv[1])"
     )
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "o.html")], cwd=root, check=True)
