@@ -2,6 +2,9 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from data import LlavaDataset, UserError, geometry
+from data import LlavaDataset, UserError, geometry, load_samples
 from eval import (
     chosen,
     modality_gap,
@@ -604,3 +607,36 @@ def test_words_of_two_runs_are_those_of_the_same_images(run, world, tmp_path, mo
         assert panels[str(run)] == others[str(run)] == others[str(other)]
         assert len(panels[str(run)]) == 25
         assert all(len(labels) == 10 for labels in panels[str(run)])
+
+
+def test_class_folders_become_questions_with_four_choices(finetuned, world, tmp_path):
+    """As Stanford Dogs is asked in Table 3: from folders to a score."""
+    classes = ["n02085620-Chihuahua", "n02113799-standard_poodle", "n1-x-y", "n2-pug", "n3-boxer"]
+    for name in classes:
+        (tmp_path / "Images" / name).mkdir(parents=True)
+        for i in range(3):
+            shutil.copy(world / f"images/{i}.png", tmp_path / f"Images/{name}/{name[:3]}_{i}.png")
+    program = [sys.executable, Path(__file__).with_name("choices.py")]
+    made = subprocess.run(
+        [*program, "Images", "new/dogs.json", "Which?"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "15 images in new/dogs.json" in made.stdout
+    samples = load_samples(tmp_path / "new/dogs.json", captions=False)
+    assert {len(set(sample["choices"])) for sample in samples} == {4}
+    asked = [vqa_question(sample, "") for sample in samples]
+    assert asked[3]["true"] == "standard poodle" and asked[3]["question"].startswith("Which?\nA. ")
+    assert len({sample["choices"].index(one["true"]) for sample, one in zip(samples, asked)}) == 4
+    flags = f"--data {tmp_path}/new/dogs.json --image_folder {tmp_path}/Images --workers 0".split()
+    result = evaluation.main(["vqa", "--model", str(finetuned), *flags])["dogs"]
+    assert result.keys() == {"choice", "all"}
+
+    shutil.rmtree(tmp_path / "Images/n2-pug")
+    shutil.rmtree(tmp_path / "Images/n3-boxer")
+    few = subprocess.run(
+        [*program, "Images", "few.json", "Which?"], cwd=tmp_path, capture_output=True
+    )
+    assert b"error: Images: 3 folders with images" in few.stderr
+    assert not (tmp_path / "few.json").exists()

@@ -4,14 +4,12 @@ import functools
 import importlib
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from data import load_samples, run_command
-from eval import vqa_question
 from labels import LabelStore
 from model import new_model
 from train import parse_config
@@ -34,7 +32,7 @@ def test_the_loss_in_a_trainer_of_ones_own(world, labels, tmp_path, monkeypatch)
     (tmp_path / "data/labels").symlink_to(labels)
     monkeypatch.chdir(tmp_path)
 
-    code = blocks("python")[-1]
+    [code] = blocks("python")
     names = dict(
         tokenizer=model.tokenizer,
         embedding=model.embed_tokens,
@@ -64,21 +62,6 @@ def test_the_loss_in_a_trainer_of_ones_own(world, labels, tmp_path, monkeypatch)
     assert names["counts"]["pairs"] == out["pairs"]
 
 
-def test_class_folders_become_questions_with_four_choices(world, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    breeds = ["n02085620-Chihuahua", "n02113799-standard_poodle", "n1-a-b", "n2-pug", "n3-boxer"]
-    for breed in breeds:
-        (tmp_path / "Images" / breed).mkdir(parents=True)
-        for i in range(3):
-            shutil.copy(next((world / "images").iterdir()), f"Images/{breed}/{breed[:3]}_{i}.jpg")
-    exec(blocks("python")[0], {})
-    samples = load_samples("dogs.json", captions=False)
-    assert len(samples) == 15 and {len(set(sample["choices"])) for sample in samples} == {4}
-    assert vqa_question(samples[3], "")["true"] == "standard poodle"
-    places = {sample["choices"].index(vqa_question(sample, "")["true"]) for sample in samples}
-    assert len(places) > 2 and all(Path("Images", sample["image"]).is_file() for sample in samples)
-
-
 def test_the_sample_is_one_that_can_be_loaded(tmp_path):
     [sample] = blocks("json")
     (tmp_path / "data.jsonl").write_text(sample.replace("\n", " "))
@@ -104,6 +87,9 @@ def commands():
 def test_the_flags_of_every_command_exist(program, argv, monkeypatch):
     monkeypatch.setenv("RANK", "0")  # as torchrun does
     module = importlib.import_module(program)
+    if program == "choices":
+        assert len(argv) == 3
+        return
     if program == "bench":
         assert argv[0] in ("step", "words", "padding", "gpu")
         return
