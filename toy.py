@@ -623,7 +623,7 @@ train --preset toy --seed {seed} --out_dir '{run}/pretrain' {flags}
 eval tacs --model '{run}/pretrain' --samples 250
 eval gap --model '{run}/pretrain' --samples 250
 eval words --model '{run}/pretrain' --samples 250 --truth toy/truth.json --out '{run}/words.html'
-eval pope --model '{run}/pretrain/checkpoints' --data toy/pope {common}
+eval pope --model '{run}/pretrain{checkpoints}' --data toy/pope {common}
 train --preset toy --stage finetune --seed {seed} --keep 0 \
     --init '{run}/pretrain' --out_dir '{run}/finetune'
 eval pope --model '{run}/finetune' --data toy/pope {common}
@@ -651,6 +651,7 @@ MAIN_VARIANTS = {"baseline": "--sea_weight 0", "SEA": ""}
 TEN_LABELS = "--labels toy/labels_n10"
 ABLATIONS = MAIN_VARIANTS | {
     "weight_0.1": "--sea_weight 0.1",
+    "weight_10": "--sea_weight 10",
     "no_windows": "--window 1",
     "all_patches": "--no-one_per_label",
     "fixed_tau": "--no-learn_tau",
@@ -708,7 +709,10 @@ def run_variants(variants, seeds, out):
     for seed in range(seeds):
         for variant, flags in variants.items():
             run = out / f"{variant}_{seed}"
-            scripts[run] = SCRIPT.format(seed=seed, run=run, flags=flags, common=COMMON)
+            checkpoints = "/checkpoints" if variant in MAIN_VARIANTS else ""  # for curves
+            scripts[run] = SCRIPT.format(
+                seed=seed, run=run, flags=flags, checkpoints=checkpoints, common=COMMON
+            )
     with two_workers() as pool:
         finished = pool.map(run_script, scripts, scripts.values())
         list(tqdm(finished, desc="runs", total=len(scripts)))
