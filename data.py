@@ -496,9 +496,8 @@ class LlavaDataset(Dataset):
     """Samples -> tensors.
 
     preprocess: the keywords of `geometry`. text: "caption" (stage 1), "chat" (stage 2), or "prompt"
-    for a chat to be answered. label_store: a LabelStore of the same samples, its
-    row i for sample i. An item has no "pixels" if its sample has no image, or if max_length has cut
-    the image off.
+    for a chat to be answered. label_store: a LabelStore of the same samples, its row i for sample
+    i. An item has no "pixels" if its sample has no image, or if max_length has cut the image off.
     """
 
     samples: Any
@@ -583,9 +582,9 @@ def micro_batches(
     """Yield this rank's micro-batches: grad_accum lists of sample indices for each step.
 
     The samples of a step depend only on (seed, step) and the global batch: ranks and accumulation
-    are interchangeable.
-    Epochs follow one another without a gap: the last batch of one is filled up from the next.
-    lengths: of sample_lengths, to use grouped_order; otherwise each epoch is a random permutation.
+    are interchangeable. Epochs follow one another without a gap: the last batch of one is filled up
+    from the next. lengths: of sample_lengths, to use grouped_order; otherwise each epoch is a
+    random permutation.
     """
 
     @functools.lru_cache(maxsize=2)

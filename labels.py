@@ -650,9 +650,9 @@ def extract(
     encoder: clip-l-336, clip-l-224, siglip-384, a folder, or MODEL/WEIGHTS of open_clip. path: how
     patches are read; by default `last` for OpenAI's weights, as in the paper, unless they come as a
     folder; for all others `value`, or the only path they have. sign: by default 1, but -1 for
-    `last` unless the tower averages its patches. center: subtract the mean word from all
-    words. n: labels per patch, at most. shard: images per file, the most work an interruption can
-    lose. dtype: by default bfloat16 on a GPU.
+    `last` unless the tower averages its patches. center: subtract the mean word from all words. n:
+    labels per patch, at most. shard: images per file, the most work an interruption can lose.
+    dtype: by default bfloat16 on a GPU.
     """
     settings = dict(locals())
     if min_score < 0:
@@ -867,8 +867,8 @@ def _try_paths(store, samples, rows):
 def true_share(truth, labels_of):
     """Share of the judged patches whose top word is true -> {kind: share, ..., "all": share}.
 
-    labels_of: of with_words. truth: a JSON file {image: {kind: {patch: [true
-    words]}}}, as toy.py writes it.
+    labels_of: of with_words. truth: a JSON file {image: {kind: {patch: [true words]}}}, as toy.py
+    writes it.
     """
     hits = collections.defaultdict(list)
     try:

@@ -83,11 +83,13 @@ WORDS = 20_000  # of the label store that is imitated
 LLM = Literal["tiny", "gemma-3-270m", "gemma-2b", "vicuna-7b"]
 
 
-def random_run(llm, cfg):
+def random_run(llm, tower_layers, cfg):
     """A train.Run of true shapes."""
     device = rank_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    vision = CLIP_L | (dict(num_hidden_layers=2, hidden_size=64) if llm == "tiny" else {})
+    vision = CLIP_L | {"num_hidden_layers": tower_layers}
+    if llm == "tiny":
+        vision |= {"num_hidden_layers": 2, "hidden_size": 64}
     config = AutoConfig.for_model(**SHAPES[llm])
     with torch.device(device):
         tower = CLIPVisionModel(CLIPVisionConfig(**vision)).to(dtype)
@@ -130,12 +132,12 @@ def random_item(model, i, text_length, is_trained=1.0):
     }
 
 
-def make_steps(llm, stage, batch_size, text, grad_checkpoint, compile):
+def make_steps(llm, tower_layers, stage, batch_size, text, grad_checkpoint, compile):
     """-> the run, and {name: a function that does a step and returns its loss_g}."""
     # with a rate of next to nothing all see the same weights and have the same loss
     flags = f"--stage {stage} --batch_size {batch_size} --dry_run 1 --lr 1e-15"
     flags += "" if grad_checkpoint else " --no-grad_checkpoint"
-    run = random_run(llm, train.parse_config(flags.split() + ["--compile"] * compile))
+    run = random_run(llm, tower_layers, train.parse_config(flags.split() + ["--compile"] * compile))
     model = run.model
     share = 1.0 if stage == "pretrain" else 0.5
     items = [random_item(model, i, text, share) for i in range(batch_size)]
@@ -253,15 +255,18 @@ def time_steps(
     repeats: int = 3,
     grad_checkpoint: bool = False,
     compile: bool = False,
+    tower_layers: int = 24,
 ):
     """Time a step against transformers' Llava of the same weights on the same batch.
 
-    text: positions of a text. Memory is the peak over what a step finds: weights and optimizer.
+    text: positions of a text. tower_layers: CLIP-L has 24; with fewer of them, what both do alike
+    hides less of the rest. Memory is the peak over what a step finds: weights and optimizer.
     """
-    settings = (llm, stage, batch_size, text, grad_checkpoint, compile)
+    settings = (llm, tower_layers, stage, batch_size, text, grad_checkpoint, compile)
     run, steps = make_steps(*settings)
     positions = batch_size * (run.model.image_tokens + text)
     print(f"\n{stage}, {llm}, {positions:,} positions, {run.device}, {run.dtype}")
+    print(f"{len(run.model.blocks()[0])} layers in the tower, ", end="")
     print(f"checkpoint {grad_checkpoint}, compile {compile}", flush=True)
     peaks = {}
     losses = {}
