@@ -4,9 +4,11 @@
     python train.py --stage finetune --fsdp --dry_run 8
     python train.py --stage pretrain --check_data good.jsonl      all samples and images, once
     python bench.py step                a training step beside transformers' Llava: time, memory
-    python bench.py words | padding | gpu       the search, stage 2's padding, all on one GPU
+    python bench.py words               labels.nearest_words against the bare matrix product
+    python bench.py padding             what padding costs stage 2
+    python bench.py gpu                 all three on a GPU
 
-What bench.py times is in tests/speed.py.
+These three and step are in tests/speed.py.
 
 To plan a run, the model is built on the meta device: config, tokenizer and preprocessor files are
 read, weights are not (but those of an adapter), and nothing is written. Counts are exact. Memory is

@@ -152,6 +152,8 @@ def for_checkpoints(command):
     def measure(model, **flags):
         is_folder_of_all = Path(model).name == "checkpoints"
         found = checkpoints(Path(model).parent) if is_folder_of_all else {}
+        if found and "out" in flags:
+            raise UserError("--out holds the answers of one model: name a single checkpoint")
         for path in found.values() or [model]:
             result = command(str(path), **flags)
         return result
@@ -485,14 +487,12 @@ def vqa_question(sample, prompt):
     question = turns[first]["value"].replace(IMAGE_TOKEN, "").strip()
     true = turns[first + 1]["value"]
     if choices := sample.get("choices"):
+        where = f"--data, sample {sample.get('id')}"
+        if not isinstance(choices, list) or chosen(true, choices) is None:
+            raise UserError(f"{where}: the answer {true!r} is none of its choices {choices!r}")
         letters = string.ascii_uppercase[: len(choices)]
-        places = [chosen(text, choices) for text in (*letters, true)]
-        is_list = isinstance(choices, list)
-        if not is_list or places[:-1] != list(range(len(choices))) or places[-1] is None:
-            raise UserError(
-                f"--data, sample {sample.get('id')}: choices {choices!r} must be a list, with the "
-                f"answer {true!r} and without the letter of another choice"
-            )
+        if [chosen(letter, choices) for letter in letters] != list(range(len(choices))):
+            raise UserError(f"{where}: a letter must not be the text of another choice: {choices}")
         for letter, choice in zip(letters, choices):
             question += f"\n{letter}. {choice}"
         prompt = LETTER if prompt == SHORT else prompt

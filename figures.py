@@ -28,17 +28,17 @@ def draw_words(panels_of, image_folder, size, mode, grid, file):
     """Patches in the colors of their words (Figure 1a): a web page in one file, for any browser.
 
     panels_of: {image: {title: the labels of each patch, as of labels.with_words}}. size, mode: of
-    data.geometry, which gives the pixels that were labelled. grid: (H, W) patches.
+    data.geometry, which gives the pixels that the encoder saw. grid: (H, W) patches.
     """
     counts = collections.Counter()
     for panels in panels_of.values():
         for labels in itertools.chain(*panels.values()):
-            counts.update(word for word, _ in labels)
+            counts.update(dict(labels))  # adds up scores
     colors = {}
     for number, (word, _) in enumerate(counts.most_common()):
-        # "red" is red. The golden angle parts the hues of all other words.
+        # "red" is red. The golden angle parts the hues of the first of the other words best.
         is_color = word in ImageColor.colormap
-        colors[word] = word if is_color else f"hsl({137.5 * number % 360:.0f} 45% 45%)"
+        colors[word] = word if is_color else f"hsl({137.508 * number % 360:.1f} 45% 45%)"
 
     shown = []
     for name, panels in panels_of.items():
@@ -62,7 +62,7 @@ PAGE = r"""<!doctype html>
   #panels { display: flex; gap: 16px }
   .panel { flex: 1; max-width: 640px; min-width: 0 }
   .image { position: relative }
-  .image img { width: 100%; display: block; image-rendering: pixelated }
+  img { width: 100%; display: block; image-rendering: pixelated }
   .words img { filter: grayscale(1) }
   .patches { position: absolute; inset: 0; display: grid }
   .patches div { display: grid; place-items: center; overflow: hidden; cursor: pointer;
@@ -73,7 +73,8 @@ PAGE = r"""<!doctype html>
   .labels { min-height: 5em }
 </style>
 <input id="slider" type="range" min="0" value="0"> <b id="name"></b>
-<p>Hover over a patch for its words and scores. Click it, or a word, to see where it is.</p>
+<p>Hover over a patch for its words and scores. Click a patch or a word to light up where the word
+  is; click again for all words.</p>
 <div id="panels"></div>
 <script>
 const data = DATA;
@@ -140,7 +141,8 @@ function show() {
   const image = data.images[slider.value];
   document.getElementById("name").textContent = image.name;
   panels.textContent = "";
-  add(add(add(panels, "panel", "image"), "image"), "", "", "img").src = image.picture;
+  const panel = add(panels, "panel", "image");
+  add(panel, "", "", "img").src = image.picture;
   for (const [title, patches] of Object.entries(image.panels)) addPanel(image, title, patches);
   showLabels(here);
 }

@@ -71,7 +71,7 @@ def write_words(
     extra: str = "",
     min_count: int = 5,
     tagger: str = "",
-    phrase_length: int = 1,
+    phrase_length: Literal[1, 2, 3] = 1,
 ):
     """Write the word list of Appendix C: the words of the captions, then those of the file `extra`.
 
@@ -83,11 +83,12 @@ def write_words(
 
     PAPER: words stay as they are written: the lemma of "striped", an attribute, would be "stripe",
     a thing. How rare a word may be is not said; min_count 5 drops typing errors. The paper speaks
-    of about 4 million words, which single words of 0.6 million captions cannot be; phrases can.
+    of about 4 million words, which single words of 0.6 million captions cannot be; with phrases
+    and a low min_count one comes closer.
     """
     counts = collections.Counter()
     captions = (sample["conversations"][1]["value"] for sample in load_samples(data))
-    for tokens in tqdm(_caption_words(captions, tagger), "reading captions"):
+    for tokens in tqdm(_caption_tokens(captions, tagger), "reading captions"):
         counts.update(_phrases(tokens, phrase_length))
     stop_words = set(STOP_WORDS.split())
     words = []
@@ -103,7 +104,7 @@ def write_words(
     print(f"{len(words):,} words in {out}: {', '.join(words[:20])} ...")
 
 
-def _caption_words(captions, tagger=""):
+def _caption_tokens(captions, tagger=""):
     """Yield the words of each caption, in lower case.
 
     A single character, such as ".", stands for whatever is not a word, or whose part of speech is
@@ -193,8 +194,9 @@ def load_encoder(name, device="cpu"):
         )
         encoder.tokenizer = open_clip.get_tokenizer(model)
     except (OSError, RuntimeError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
         raise UserError(
-            f"--encoder {name}: cannot be loaded ({e}); give {', '.join(ENCODERS)}, a folder, "
+            f"--encoder {name}: cannot be loaded ({reason}); give {', '.join(ENCODERS)}, a folder, "
             "or MODEL/WEIGHTS of open_clip"
         ) from e
     # PAPER: Eq. 8 is about OpenAI's CLIP, read after its last block. Nothing is said of other
@@ -443,6 +445,8 @@ class LabelStore:
         self.folder = Path(folder)
         self.max_labels = max_labels
         self.meta, self.files = _read_meta(self.folder)
+        if max_labels and max_labels > self.meta["n"]:
+            raise UserError(f"{folder}: has {self.meta['n']} labels per patch, not {max_labels}")
         done = sum(len(_load(file)) for file in self.files if file.exists())
         if done < len(self):
             raise UserError(
@@ -776,7 +780,7 @@ def show(
     """Write a page with some images and their labels, and print what up to 500 images' are like.
 
     That is how many patches have a label, the most frequent top words, and how well they agree with
-    the captions (caption_lift), by which one can judge labels without knowing the truth. compare:
+    the captions (caption_agreement), which judges labels without knowing the truth. compare:
     also of new labels by each path and sign of the encoder, which takes minutes on a GPU. images:
     how many are on the page, at most. truth: a JSON file of true words, as toy.py writes it, for
     the share of top words that are true. data, image_folder: if they have moved.
@@ -806,7 +810,7 @@ def show(
         labels_of = with_words(files, store.words, *trial)
         patches = list(itertools.chain(*labels_of.values()))
         counts = collections.Counter(labels[0][0] for labels in patches if labels)
-        lifts, found = caption_lift(captions, labels_of.values())
+        lifts, found = caption_agreement(captions, labels_of.values())
         print(
             f"{name}: {sum(counts.values()) / len(patches):.1%} labelled, "
             f"lift {np.median(lifts):.2f} ({min(lifts):.2f} to {max(lifts):.2f}), "
@@ -818,7 +822,7 @@ def show(
             print("true:", true_share(truth, labels_of))
 
 
-def caption_lift(captions, labels):
+def caption_agreement(captions, labels):
     """How well the top words of patches agree with captions: two measures that need no truth.
 
     lifts: how often a patch's top word stands in the caption of its image, over how often in that
@@ -830,7 +834,7 @@ def caption_lift(captions, labels):
     the caption of the next image, of the one after it, and so on as the other; and found, of the
     images' own captions and of each of these.
     """
-    words = [set(_phrases(caption, 3)) for caption in _caption_words(captions)]
+    words = [set(_phrases(caption, 3)) for caption in _caption_tokens(captions)]
     hits = np.zeros(max(2, min(6, len(words))))  # of one image alone the lift is always 1
     found = np.zeros_like(hits)
     for i, patches in enumerate(labels):

@@ -49,7 +49,7 @@ def sea_loss(
     label_ids, label_scores: [B, m, n], as LabelStore returns them.
     word_features_of: a function from label ids [N] to word features [N, D] (Eq. 10).
     log_scale: one element, log(1/τ).
-    grid: (H, W) with H * W = m.
+    grid: (H, W) with H * W = m; otherwise reshaping fails.
     generator: one torch.Generator of the CPU, or a list with one per image.
     For ablations: sampling="uniform" draws all labels of a patch alike, without one_per_label every
     patch that is drawn makes a pair, and to_words goes to contrastive_loss.

@@ -96,7 +96,7 @@ class SEAModel(nn.Module):
         label_ids=None,
         label_scores=None,
         num_targets=None,
-        **sampling,
+        **sea_options,
     ):
         """A batch of data.collate -> dict of loss_g (Eq. 12) and, with labels, loss_a (Eq. 11).
 
@@ -107,7 +107,7 @@ class SEAModel(nn.Module):
 
         PAPER: L_g is a mean over the trained tokens. num_targets is what their sum is divided by,
         for a mean over several micro-batches and ranks; by default the number in this batch.
-        sampling: window, generator and gather of loss.sea_loss.
+        sea_options: keywords of loss.sea_loss.
         """
         visual_tokens = self.visual_tokens(pixels)  # Eq. 1
         text = self.embed_tokens(input_ids)  # Eq. 2, with a row to be replaced for each <image>
@@ -135,7 +135,7 @@ class SEAModel(nn.Module):
                 self.word_features,
                 self.log_scale,
                 self.grid,
-                **sampling,
+                **sea_options,
             )
             out.update(counts, tau=torch.exp(-self.log_scale[0]))
         return out

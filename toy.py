@@ -2,7 +2,7 @@
 
     python toy.py build    # minutes on two CPU cores; train.py --preset toy does it where needed
     python toy.py report   # baseline against SEA over three seeds: the README's tables and figures
-    python toy.py ablate   # and each part of SEA changed by itself: which of them matter
+    python toy.py ablate   # and parts of SEA changed one at a time: which of them matter
 
 The toy is ordinary files, so that it goes through exactly the code of the full scale:
 
@@ -628,7 +628,7 @@ train --preset toy --stage finetune --seed {seed} --keep 0 \
     --init '{run}/pretrain' --out_dir '{run}/finetune'
 eval pope --model '{run}/finetune' --data toy/pope {common}
 eval vqa --model '{run}/finetune' --data toy/val_qa.json {common}
-eval vqa --model '{run}/finetune/checkpoints' --data toy/val_text.json {common}
+eval vqa --model '{run}/finetune{checkpoints}' --data toy/val_text.json {common}
 """
 COMMON = "--image_folder toy/images --workers 0 --prompt ''"
 ALIGNMENT = {  # after stage 1
@@ -653,7 +653,7 @@ ABLATIONS = MAIN_VARIANTS | {
     "weight_0.1": "--sea_weight 0.1",
     "weight_10": "--sea_weight 10",
     "no_windows": "--window 1",
-    "all_patches": "--no-one_per_label",
+    "repeated_labels": "--no-one_per_label",
     "fixed_tau": "--no-learn_tau",
     "tau_0.07": "--tau 0.07",
     "patches_find_words": "--to_words 1",
@@ -669,7 +669,7 @@ OUT = Path("out/report")
 def report(seeds: int = SEEDS, out: Path = OUT):
     """Baseline against SEA: the tables and figures of the README.
 
-    A finished run has a file `done` in its folder and is not repeated, by ablate neither. Remove
+    A finished run has a file `done` in its folder; neither report nor ablate repeats it. Remove
     `out` after a change of the toy or the code.
     """
     import matplotlib  # noqa: F401
@@ -690,10 +690,10 @@ def report(seeds: int = SEEDS, out: Path = OUT):
 
 
 def ablate(seeds: int = SEEDS, out: Path = OUT):
-    """Every part of SEA changed by itself: the README's table of what matters on the toy.
+    """Parts of SEA changed one at a time: the README's table of what matters on the toy.
 
     Labels are CLIP's best word of each patch; labels_10 are its ten best words, of which most are
-    wrong, and labels_3 the three best.
+    wrong. labels_10_uniform and labels_3, the three best of these ten, are to be compared with it.
     """
     ensure()
     label("labels_n10", n=10)

@@ -93,11 +93,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and wh
 # ----------------------------------------------------------------------------- config
 
 
-def flag(default, help, stage="", least=0, most=10**9):
-    """A field of TrainConfig. stage: the only stage that takes it. A number has a range."""
-    only = f"{stage} only: " if stage else ""
-    help = f"{only}{help} (default: {default!r})"
-    metadata = {"help": help, "stage": stage, "least": least, "most": most}
+def flag(default, help, only="", least=0, most=10**9):
+    """A field of TrainConfig. only: the stage that takes it, or SEA. A number has a range."""
+    prefix = f"{only} only: " if only else ""
+    help = f"{prefix}{help} (default: {default!r})"
+    metadata = {"help": help, "only": only, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -126,27 +126,23 @@ class TrainConfig:
 
     # SEA
     sea_weight: float = flag(1.0, "λ of Eq. 13; 0: the LLaVA baseline, without labels", "pretrain")
-    window: int = flag(2, "k; one patch of each k x k window is drawn", "pretrain", least=1)
+    window: int = flag(2, "k; one patch of each k x k window is drawn", "SEA", least=1)
     tau: float = flag(
-        1.0, "initial temperature of Eq. 11, then learned", "pretrain", least=0.01, most=100
+        1.0, "initial temperature of Eq. 11, then learned", "SEA", least=0.01, most=100
     )
-    gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "pretrain")
+    gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "SEA")
 
-    # the parts of SEA, to change one at a time (python toy.py ablate does)
+    # the parts of SEA, for ablations (python toy.py ablate)
     sampling: Literal["similarity", "uniform"] = flag(
-        "similarity",
-        "how a patch's label is drawn: by the scores of Eq. 9, or all alike",
-        "pretrain",
+        "similarity", "how a patch's label is drawn: by the scores of Eq. 9, or all alike", "SEA"
     )
-    max_labels: int = flag(
-        0, "how many of a patch's labels to use; 1: the best; 0: all", "pretrain"
-    )
-    one_per_label: bool = flag(True, "one patch for each label of a batch, not all", "pretrain")
+    max_labels: int = flag(0, "how many of a patch's labels to use; 1: the best; 0: all", "SEA")
+    one_per_label: bool = flag(True, "one patch for each label of a batch, not all", "SEA")
     to_words: float = flag(
-        0.5, "1: patches find words; 0: words find patches; between: both", "pretrain", most=1
+        0.5, "weight in Eq. 11 of patches that find words; the rest: the reverse", "SEA", most=1
     )
-    learn_tau: bool = flag(True, "learn the temperature", "pretrain")
-    word_tokens: int = flag(0, "how many tokens of a word count in Eq. 10; 0: all", "pretrain")
+    learn_tau: bool = flag(True, "learn the temperature", "SEA")
+    max_word_tokens: int = flag(0, "use a word's first so many tokens; 0: all", "SEA")
 
     # optimization; a global batch of 256 is 8 GPUs x 32, as in LLaVA. N of Eq. 11 is of one
     # micro-batch: with a smaller batch_size and more grad_accum, fewer words are told apart.
@@ -237,12 +233,15 @@ def parse_config(argv=None):
         cfg = dataclasses.replace(cfg, **vars(parser.parse_args(flags)))
     cfg = dataclasses.replace(cfg, **given)
 
+    uses = ("", stage, "SEA" if cfg.sea_weight > 0 else stage)
     for field in fields:
         name = field.name
         value = getattr(cfg, name)
-        only = field.metadata["stage"]
-        if name in given and only not in ("", stage):
-            raise UserError(f"--{name} belongs to --stage {only}, not to --stage {stage}")
+        only = field.metadata["only"]
+        if name in given and only not in uses:
+            raise UserError(
+                f"--{name} is for {only}, not for {stage} with --sea_weight {cfg.sea_weight}"
+            )
         if isinstance(value, str):
             continue
         least = field.metadata["least"]
@@ -257,12 +256,11 @@ def parse_config(argv=None):
 
 def refuse_contradictions(cfg, given):
     is_dry = cfg.dry_run or cfg.check_data
-    is_single = max(cfg.dry_run, world_size()) == 1
     parts = {"llm", "vision"} & given.keys()
     for is_wrong, message in (
         (
-            cfg.gather_pairs and (is_single or not cfg.sea_weight),
-            "--gather_pairs needs SEA and several ranks: --sea_weight above 0, and torchrun",
+            cfg.gather_pairs and max(cfg.dry_run, world_size()) == 1,
+            "--gather_pairs needs several ranks: torchrun",
         ),
         (cfg.image_mode and cfg.sea_weight, "--image_mode pad has no labels: use --sea_weight 0"),
         (
@@ -288,11 +286,11 @@ def default_out_dir(cfg, given):
     """A name below out/ that tells the run from others, such as out/pretrain_gemma-2b_baseline."""
     if cfg.init:
         return f"out/{Path(cfg.init).name}_finetune"
-    name = cfg.preset or (cfg.stage if cfg.recipe == "llava15" else cfg.recipe)
-    parts = [Path(given[part]).name for part in ("llm", "vision") if part in given]
+    parts = [cfg.preset or (cfg.stage if cfg.recipe == "llava15" else cfg.recipe)]
+    parts += [Path(given[part]).name for part in ("llm", "vision") if part in given]
     if cfg.sea_weight == 0:
         parts.append("baseline")
-    return "out/" + "_".join([name, *parts])
+    return "out/" + "_".join(parts)
 
 
 # ----------------------------------------------------------------------------- the run
@@ -461,7 +459,7 @@ def train_step(run, batches, step, signals=0):
     if not math.isfinite(sum(metrics.values())):
         raise UserError(
             f"step {step}: loss or gradient is not finite: {metrics}, samples {samples}; lower "
-            "--lr, use --dtype float32, or raise a --max_length that cuts off all that is trained"
+            "--lr, use --dtype float32, or raise --max_length if it cuts off all that is trained"
         )
     metrics["lr"] = run.schedule.get_last_lr()[0]
 
@@ -599,7 +597,7 @@ def build_data(cfg, model):
         store = LabelStore(cfg.labels, cfg.max_labels or None)
         store.check(train_set.samples, model.preprocess, model.grid)
         train_set.label_store = store
-        model.set_words(store.words, cfg.word_tokens or None)
+        model.set_words(store.words, cfg.max_word_tokens or None)
     if not cfg.val_data:
         return train_set, None
     val_set = dataset(cfg.val_data)
@@ -695,7 +693,8 @@ def save_checkpoint(run, step):
         (unfinished / "crc.json").write_text(json.dumps(weight_crcs(unfinished)))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        for old in list(checkpoints(run.cfg.out_dir).values())[: -run.cfg.keep]:  # of 0, none
+        # --keep 0 removes none: [:0] is empty
+        for old in list(checkpoints(run.cfg.out_dir).values())[: -run.cfg.keep]:
             shutil.rmtree(old)
     barrier()
 

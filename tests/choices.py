@@ -9,6 +9,7 @@ given; here they are three other classes, which depend on nothing but the names 
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -17,15 +18,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import UserError, cli, image_of
 from labels import write_file
 
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
 
 def questions(folder, text):
-    """One sample in LLaVA's format for each image. The name of a class is that of its folder,
-    without what stands before the first "-" (n02085620-Chihuahua) and with spaces for underscores.
+    """One sample in LLaVA's format for each image. The name of a class is that of its folder, with
+    spaces for underscores and without a number of ImageNet (n02085620-Chihuahua).
     """
-    files = sorted(path for path in Path(folder).glob("*/*") if path.is_file())
-    names = {file.parent: file.parent.name.split("-", 1)[-1].replace("_", " ") for file in files}
-    if len(set(names.values())) < 4:
-        raise UserError(f"{folder}: {len(names)} folders with images; four choices need four")
+    files = sorted(path for path in Path(folder).glob("*/*") if path.suffix.lower() in IMAGES)
+    names = {path.parent: re.sub(r"^n\d+-", "", path.parent.name) for path in files}
+    names = {place: name.replace("_", " ") for place, name in names.items()}
+    if not 4 <= len(names) == len(set(names.values())):
+        raise UserError(
+            f"{folder}: needs four or more class folders of different names with images, not "
+            f"{sorted(names.values())}"
+        )
     samples = []
     for file in files:
         true = names[file.parent]

@@ -355,6 +355,10 @@ def gpu(out: str = "gpu.json", tiny: bool = False):
     return results
 
 
-if __name__ == "__main__":
+def main(argv=None):
     commands = {"step": time_steps, "words": time_search, "padding": time_padding, "gpu": gpu}
-    cli(lambda: run_command(__doc__, commands))
+    run_command(__doc__, commands, argv)
+
+
+if __name__ == "__main__":
+    cli(main)

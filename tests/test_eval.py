@@ -353,7 +353,7 @@ def test_numbers_can_be_choices():
 def test_choices_that_their_letters_cannot_tell_apart_are_refused(choices):
     sample = {"id": 1, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt"}]}
     sample["conversations"][1]["value"] = str(choices[0])
-    with pytest.raises(UserError, match="sample 1: .*without the letter of another"):
+    with pytest.raises(UserError, match="sample 1: a letter must not be the text of another"):
         vqa_question(sample | {"choices": choices}, "")
     assert vqa_question(sample | {"choices": ["A", "B", choices[0]]}, "")["question"]
 
@@ -370,6 +370,24 @@ def finetuned(finetune_flags, tmp_path_factory):
     out = tmp_path_factory.mktemp("finetuned") / "out"
     train.main([*finetune_flags, "--out_dir", str(out), "--save_every", "3"])
     return out
+
+
+def test_all_checkpoints_of_a_run_by_one_command(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "eval.jsonl").unlink(missing_ok=True)
+    flags = ["--samples", "4"]
+    last = evaluation.main(["tacs", "--model", f"{copy}/checkpoints", *flags])
+    lines = [json.loads(line) for line in (copy / "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6] and lines[1]["tacs"] == last["tacs"]
+    early = evaluation.main(["tacs", "--model", f"{copy}/checkpoints/step_3", *flags])
+    assert early["tacs"] == lines[0]["tacs"] != last["tacs"]
+
+    questions = ["vqa", "--model", f"{copy}/checkpoints", "--data", "q.json", "--out", "o.jsonl"]
+    with pytest.raises(UserError, match="--out holds the answers of one model"):
+        evaluation.main(questions)
+    (tmp_path / "none/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="none/checkpoints: no adapter.safetensors"):
+        evaluation.main(["tacs", "--model", f"{tmp_path}/none/checkpoints"])
 
 
 def test_a_checkpoint_of_stage_2_is_the_model_of_that_step(finetuned):
@@ -540,7 +558,7 @@ def test_vqa_scores_each_kind_of_question(finetuned, world, tmp_path):
     }
     rows[2]["conversations"][1]["value"] = "cat"
     (tmp_path / "q.json").write_text(json.dumps(rows))
-    with pytest.raises(UserError, match="must be a list, with the answer 'cat'"):
+    with pytest.raises(UserError, match="the answer 'cat' is none of its choices"):
         evaluation.main(["vqa", *flags])
 
 
@@ -616,6 +634,7 @@ def test_class_folders_become_questions_with_four_choices(finetuned, world, tmp_
         (tmp_path / "Images" / name).mkdir(parents=True)
         for i in range(3):
             shutil.copy(world / f"images/{i}.png", tmp_path / f"Images/{name}/{name[:3]}_{i}.png")
+        (tmp_path / "Images" / name / ".DS_Store").touch()
     program = [sys.executable, Path(__file__).with_name("choices.py")]
     made = subprocess.run(
         [*program, "Images", "new/dogs.json", "Which?"],
@@ -638,5 +657,5 @@ def test_class_folders_become_questions_with_four_choices(finetuned, world, tmp_
     few = subprocess.run(
         [*program, "Images", "few.json", "Which?"], cwd=tmp_path, capture_output=True
     )
-    assert b"error: Images: 3 folders with images" in few.stderr
+    assert b"error: Images: needs four or more class folders" in few.stderr
     assert not (tmp_path / "few.json").exists()

@@ -43,8 +43,8 @@ def test_a_page_holds_images_words_and_colors(page):
     assert text.count("</script>") == 1 and "http" not in text  # self-contained
     data = json.loads(re.search("const data = (.*);\n", text)[1])
     assert data["grid"] == [2, 2]
-    # blue is a color; of the others the most frequent word comes first
-    hues = {"sky": "hsl(0 45% 45%)", "</script>": "hsl(275 45% 45%)"}
+    # blue is a color; of the others the word with the most and highest scores comes first
+    hues = {"sky": "hsl(0.0 45% 45%)", "</script>": "hsl(275.0 45% 45%)"}
     assert data["colors"] == {"blue": "blue"} | hues
     for image, name, color in zip(data["images"], ("a.png", "b.png"), ((255, 0, 0), (0, 0, 255))):
         assert image["name"] == name
@@ -55,14 +55,14 @@ def test_a_page_holds_images_words_and_colors(page):
 
 
 def test_words_that_are_colors_get_them_and_no_color_is_used_twice(tmp_path):
-    words = [f"word{i // 2}" for i in range(50)] + ["red", "chocolate", "rare"]
+    words = [f"word{i // 2}" for i in range(600)] + ["red", "chocolate", "rare"]
     labels = [[(word, 1.0)] for word in words]
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    draw_words({"a.png": {"labels": labels}}, tmp_path, 8, "square", (1, 53), tmp_path / "a.jpg")
+    draw_words({"a.png": {"labels": labels}}, tmp_path, 8, "square", (1, 603), tmp_path / "a.jpg")
     text = (tmp_path / "a.jpg.html").read_text()  # it is no picture
     colors = json.loads(re.search("const data = (.*);\n", text)[1])["colors"]
     assert colors["red"] == "red" and colors["chocolate"] == "chocolate"
-    assert len(colors) == len(set(colors.values())) == 28
+    assert len(colors) == len(set(colors.values())) == 303
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="looks at the page in Chromium")
@@ -93,10 +93,13 @@ def test_the_page_of_words_needs_no_matplotlib(tmp_path):
     code = (
         "import sys; sys.modules['matplotlib'] = sys.modules['sklearn'] = None\n"
         "import figures\n"
-        "figures.draw_words({}, '.', 8, 'square', (1, 1), sys.argv[1])"
+        "panels = {'x': [[('a', 1.0)]]}\n"
+        "figures.draw_words({'a.png': panels}, sys.argv[1], 8, 'square', (1, 1), sys.argv[2])"
     )
+    Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
     root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "o.html")], cwd=root, check=True)
+    command = [sys.executable, "-c", code, tmp_path, tmp_path / "o.html"]
+    subprocess.run(command, cwd=root, check=True)
     assert (tmp_path / "o.html").exists()
 
 

@@ -829,6 +829,8 @@ def test_label_i_is_row_i_of_the_files_together(tmp_path, shard):
 def test_a_store_may_return_the_best_labels_only(tmp_path):
     ids = np.random.default_rng(0).integers(-1, 9, (3, 4, 5))
     folder = hand_store(tmp_path / "labels", "abcdefghi", ids)
+    with pytest.raises(UserError, match="labels: has 5 labels per patch, not 6"):
+        LabelStore(folder, max_labels=6)
     for best, whole in zip(LabelStore(folder, max_labels=2), LabelStore(folder)):
         assert [x.shape for x in best] == [(4, 2)] * 2 and whole[0].shape == (4, 5)
         assert all(torch.equal(x, y[:, :2]) for x, y in zip(best, whole))
@@ -1598,6 +1600,7 @@ def test_show_prints_how_many_and_which_words(red_and_blue, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 images, 3 words" in printed
     assert "these labels: 75.0% labelled, lift" in printed  # 6 of 8 patches have a label
+    assert "0.00 words of each caption (0.00 of another), " in printed
     assert "3 top words: {'door': 3, 'wall': 2, 'sky': 1}" in printed
     assert "true:" not in printed
 
@@ -1611,20 +1614,20 @@ def test_show_of_one_word_and_of_none(red_and_blue, tmp_path, capsys):
         assert f"{int(word >= 0)} top words" in printed
 
 
-def test_caption_lift_by_hand():
+def test_caption_agreement_by_hand():
     """Of three images two have a word of their own caption, and the first one of the last's."""
     captions = ["A dog, a cat.", "The red car", "one bird and a dog"]
     words = [["dog", "dog", "sky"], ["red car", "", "car"], ["dog cat", "tree", "car red"]]
     patches = [[[(word, 0.5)] if word else [] for word in of_image] for of_image in words]
     # own: dog twice, car twice. The next one's: none. The one's after it: dog twice.
-    lifts, found = labels.caption_lift(captions, patches)
+    lifts, found = labels.caption_agreement(captions, patches)
     assert lifts.tolist() == [4, 2]
     # of their own captions: dog; car and red car; nothing. Of the others': nothing; dog
     assert found.tolist() == [3, 0, 1]
     nothing = [[[] for _ in of_image] for of_image in words]
-    assert [x.tolist() for x in labels.caption_lift(captions, nothing)] == [[0, 0], [0, 0, 0]]
-    assert len(labels.caption_lift(captions * 3, patches * 3)[0]) == 5
-    assert labels.caption_lift(captions[:1], patches[:1])[0].tolist() == [1]  # says nothing
+    assert [x.tolist() for x in labels.caption_agreement(captions, nothing)] == [[0, 0], [0, 0, 0]]
+    assert len(labels.caption_agreement(captions * 3, patches * 3)[0]) == 5
+    assert labels.caption_agreement(captions[:1], patches[:1])[0].tolist() == [1]  # says nothing
 
 
 def share_by_hand(truth, best):
@@ -1748,6 +1751,7 @@ def test_show_finds_data_that_has_moved(world, settings, samples, tmp_path, draw
     shutil.move(images, tmp_path / "elsewhere")
     shutil.move(tmp_path / "data.json", tmp_path / "moved.json")
     arguments = ["show", "--labels", str(store), "--data", f"{tmp_path}/moved.json"]
+    arguments += ["--out", f"{tmp_path}/out.html"]
     with pytest.raises(UserError, match="images/0.png: cannot read the image"):
         main(arguments)
     main([*arguments, "--image_folder", f"{tmp_path}/elsewhere"])

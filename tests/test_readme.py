@@ -86,12 +86,9 @@ def commands():
 @pytest.mark.parametrize("program, argv", list(commands()))
 def test_the_flags_of_every_command_exist(program, argv, monkeypatch):
     monkeypatch.setenv("RANK", "0")  # as torchrun does
-    module = importlib.import_module(program)
+    module = importlib.import_module("speed" if program == "bench" else program)
     if program == "choices":
         assert len(argv) == 3
-        return
-    if program == "bench":
-        assert argv[0] in ("step", "words", "padding", "gpu")
         return
     if program == "train":
         module.parse_config(argv)

@@ -85,7 +85,7 @@ def test_a_part_of_sea_that_is_changed_changes_its_loss_alone(first_step, own):
     assert changed["loss_g"] == full["loss_g"] and changed["loss_a"] != full["loss_a"]
 
 
-@pytest.mark.parametrize("own, lengths", [("", {2, 10}), ("--word_tokens 1", {1})])
+@pytest.mark.parametrize("own, lengths", [("", {2, 10}), ("--max_word_tokens 1", {1})])
 def test_how_many_tokens_of_a_word_count(flags, monkeypatch, own, lengths):
     def of_longer_words(*args):
         store = LabelStore(*args)
@@ -218,8 +218,8 @@ def test_bfloat16_keeps_fp32_masters_and_follows_fp32(flags, tmp_path):
     [
         (["--batch_size", "0"], "--batch_size must be from 1 to 1000000000"),
         (["--sea_weight", "-1"], "--sea_weight must be from 0 to 1000000000"),
-        (["--gather_pairs", "--sea_weight", "0"], "--gather_pairs needs SEA"),
-        (["--gather_pairs"], "--gather_pairs needs SEA and several ranks"),
+        (["--gather_pairs", "--sea_weight", "0"], "--gather_pairs is for SEA, not for pretrain"),
+        (["--gather_pairs"], "--gather_pairs needs several ranks"),
         (["--out_dir", "{tmp}", "--labels", "{tmp}/none"], "none: no label store"),
         (["--out_dir", "{tmp}", "--data", "{tmp}/none.json"], "none.json: no such data file"),
         (
@@ -239,12 +239,17 @@ def test_bad_flags_and_bad_paths_are_refused_in_one_line(flags, tmp_path, extra,
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--init", "x"], "--init belongs to --stage finetune"),
-        (["--tune_vision"], "--tune_vision belongs to --stage finetune"),
+        (["--init", "x"], "--init is for finetune, not for pretrain"),
+        (["--tune_vision"], "--tune_vision is for finetune"),
         (["--image_mode", "pad"], "--image_mode pad has no labels"),
         (["--fsdp"], "--fsdp needs torchrun"),
         (["--stage", "finetune"], "--stage finetune needs --init"),
-        (["--stage", "finetune", "--sea_weight", "1"], "--sea_weight belongs to --stage pretrain"),
+        (
+            ["--stage", "finetune", "--sea_weight", "1"],
+            "--sea_weight is for pretrain, not for finetune",
+        ),
+        (["--sampling", "uniform", "--sea_weight", "0"], "--sampling is for SEA, not for pretrain"),
+        (["--stage", "finetune", "--no-learn_tau", "--init", "x"], "--learn_tau is for SEA"),
         (["--stage", "finetune", "--init", "x", "--llm", "gemma-2b"], "--init names a model"),
         (["--stage", "finetune", "--init", "x", "--vision", "y"], "--init names a model"),
         (["--keep", "-1"], "--keep must be from 0 to 1000000000"),
@@ -347,7 +352,7 @@ def test_numbers_out_of_range_are_refused(flags, extra, message):
 
 def test_a_max_length_that_leaves_nothing_to_train_is_refused(finetune_flags, tmp_path):
     with pytest.raises(
-        UserError, match="step 1: .*a --max_length that cuts off all that is trained"
+        UserError, match="step 1: .*raise --max_length if it cuts off all that is trained"
     ):
         train.main([*finetune_flags, "--out_dir", str(tmp_path), "--max_length", "27"])
 
