@@ -619,16 +619,19 @@ def train_lm(folder, seed, steps):
 
 # The commands of a run: its training, and what is measured of it.
 SCRIPT = """\
-train --preset toy --seed {seed} --out_dir '{run}/pretrain' {flags}
+train --preset toy --seed {seed} --out_dir '{run}/pretrain' {flags} --val_every {val_every}
 eval tacs --model '{run}/pretrain' --samples 250
 eval gap --model '{run}/pretrain' --samples 250
 eval words --model '{run}/pretrain' --samples 250 --truth toy/truth.json --out '{run}/words.html'
-eval pope --model '{run}/pretrain{checkpoints}' --data toy/pope {common}
-train --preset toy --stage finetune --seed {seed} --keep 0 \
+train --preset toy --stage finetune --seed {seed} --keep 0 --val_every {val_every} \
     --init '{run}/pretrain' --out_dir '{run}/finetune'
 eval pope --model '{run}/finetune' --data toy/pope {common}
 eval vqa --model '{run}/finetune' --data toy/val_qa.json {common}
-eval vqa --model '{run}/finetune{checkpoints}' --data toy/val_text.json {common}
+eval vqa --model '{run}/finetune' --data toy/val_text.json {common}
+"""
+CURVES = """\
+eval pope --model '{run}/pretrain/checkpoints' --data toy/pope {common}
+eval vqa --model '{run}/finetune/checkpoints' --data toy/val_text.json {common}
 """
 COMMON = "--image_folder toy/images --workers 0 --prompt ''"
 ALIGNMENT = {  # after stage 1
@@ -637,7 +640,6 @@ ALIGNMENT = {  # after stage 1
     "true object": "true words, objects",
     "true background": "background",
     "caption_loss": "caption loss",
-    "pope f1": "POPE F1",
 }
 ANSWERS = {  # after stage 2
     "pope f1": "POPE F1",
@@ -709,9 +711,13 @@ def run_variants(variants, seeds, out):
     for seed in range(seeds):
         for variant, flags in variants.items():
             run = out / f"{variant}_{seed}"
-            checkpoints = "/checkpoints" if variant in MAIN_VARIANTS else ""  # for curves
-            scripts[run] = SCRIPT.format(
-                seed=seed, run=run, flags=flags, checkpoints=checkpoints, common=COMMON
+            script = SCRIPT
+            val_every = 180
+            if variant in MAIN_VARIANTS:  # of these, curves are drawn
+                script += CURVES
+                val_every = 30
+            scripts[run] = script.format(
+                seed=seed, run=run, flags=flags, val_every=val_every, common=COMMON
             )
     with two_workers() as pool:
         finished = pool.map(run_script, scripts, scripts.values())

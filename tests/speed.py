@@ -207,10 +207,12 @@ def compare(functions, repeats):
     to greatest, of the ratios within a turn.
     """
     seconds = {name: [] for name in functions}
+    names = list(functions)
     for turn in range(1 + repeats):
-        for name, function in functions.items():
+        names.append(names.pop(0))  # else one would always follow the one that needs most memory
+        for name in names:
             start = time.perf_counter()
-            function()
+            functions[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn > 0:
