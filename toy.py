@@ -1,8 +1,8 @@
 """The zero-download world: drawn images with captions and questions, a tiny CLIP, a tiny LM.
 
     python toy.py build    # minutes on two CPU cores; train.py --preset toy does it where needed
-    python toy.py report   # baseline against SEA over three seeds: the README's tables and figures
-    python toy.py ablate   # and parts of SEA changed one at a time: which of them matter
+    python toy.py report   # baseline against SEA over three seeds: the README's figures
+    python toy.py ablate   # and parts of SEA changed one at a time: the README's table
 
 The toy is ordinary files, so that it goes through exactly the code of the full scale:
 
@@ -669,7 +669,7 @@ OUT = Path("out/report")
 
 
 def report(seeds: int = SEEDS, out: Path = OUT):
-    """Baseline against SEA: the tables and figures of the README.
+    """Baseline against SEA: their tables, and the figures of the README.
 
     A finished run has a file `done` in its folder; neither report nor ablate repeats it. Remove
     `out` after a change of the toy or the code.
