@@ -63,7 +63,7 @@ def plan(cfg, model, dtype):
     cpu = {"while loading": loaded * min(ranks, 8)}  # a node has up to 8 ranks; each loads all
 
     params = {"all": count_parameters(model), "trained": count_parameters(model, trained=True)}
-    steps = plan_steps(cfg, ranks)
+    steps = plan_steps(cfg, ranks, model.image_tokens)
     typical = min(cfg.max_length, model.image_tokens + TEXT_LENGTH[cfg.stage])
     gpu = {length: gpu_memory(cfg, model, ranks, length) for length in (typical, cfg.max_length)}
     disk = plan_disk(cfg, steps, params, dtype, model.image_tokens)
@@ -95,7 +95,7 @@ def numel(parameters, trained=False):
     return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
-def plan_steps(cfg, ranks):
+def plan_steps(cfg, ranks, image_tokens):
     file = Path(cfg.data)
     if not file.is_file() and file.name in SAMPLES:
         samples = SAMPLES[file.name]
@@ -108,6 +108,8 @@ def plan_steps(cfg, ranks):
         "samples a step": batch,
         "steps": steps,
         "warmup steps": math.ceil(cfg.warmup_ratio * steps),
+        "image tokens a step": batch * image_tokens,
+        "positions a step, at most": batch * cfg.max_length,
     }
 
 
