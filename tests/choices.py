@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import UserError, cli, image_of
+from data import UserError, cli
 from labels import write_file
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -51,8 +51,7 @@ def main():
     folder, out, text = sys.argv[1:]
     samples = questions(folder, text)
     write_file(Path(out), json.dumps(samples, indent=1))
-    images = {image_of(sample) for sample in samples}
-    print(f"{len(images):,} images in {out}; ask with --image_folder {folder}")
+    print(f"{len(samples):,} images in {out}; ask with --image_folder {folder}")
 
 
 if __name__ == "__main__":
