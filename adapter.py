@@ -8,9 +8,9 @@ class Adapter(nn.Module):
 
     features [..., d_vision] -> visual tokens [..., d_llm]. PyTorch's default initialisation.
 
-    PAPER: an LLM that multiplies its embeddings by a factor (Gemma: √D) gets visual tokens that are
-    multiplied by the same output_scale. They start on the scale that they had in the LLaVA
-    baseline, where the LLM scaled text and image alike. Cosines do not see it.
+    PAPER: output_scale is the factor by which the LLM multiplies its own embeddings (Gemma: √D), so
+    that text and image keep the relative scale of LLaVA, where the LLM multiplied both. Cosines do
+    not see it.
     """
 
     def __init__(self, d_vision, d_llm, output_scale=1.0):
@@ -21,5 +21,5 @@ class Adapter(nn.Module):
         self.output_scale = output_scale
 
     def forward(self, features):
-        features = features.to(self.linear_1.weight.dtype)  # of a frozen tower in bfloat16
+        features = features.to(self.linear_1.weight.dtype)  # a frozen tower gives bfloat16
         return self.linear_2(self.act(self.linear_1(features))) * self.output_scale
