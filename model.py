@@ -1,6 +1,6 @@
 """The multimodal LLM: a vision tower, the adapter and an LLM inside transformers' Llava.
 
-SEAModel.forward takes a batch of data.collate and returns the losses (Eq. 1, 3, 12 and 11). Below
+SEAModel.forward takes a batch of data.collate and returns L_g (Eq. 12) and L_a (Eq. 11). Below
 it: where models come from (parts, runs, checkpoints, Llava folders), and how they are saved.
 Generating, tied weights, and the format of a saved folder are transformers' own.
 """
@@ -8,6 +8,7 @@ Generating, tied weights, and the format of a saved folder are transformers' own
 import contextlib
 import copy
 import math
+import os
 import re
 from pathlib import Path
 
@@ -33,12 +34,14 @@ from transformers import (
 
 from adapter import Adapter
 from data import (
+    IMAGE_TOKEN,
     UserError,
+    digest,
     image_processor,
     prepare_tokenizer,
     vision_preprocess,
+    word_tokens,
 )
-from labels import word_tokens
 from loss import sea_loss, word_features
 
 # The paper's parts by short name (Tables 1, 2 and 5), and a small LLM of today for a single GPU.
@@ -63,29 +66,45 @@ VISION = {
 # ----------------------------------------------------------------------------- the model
 
 
+class Temperature(nn.Module):
+    """τ of Eq. 11 as log_scale = log(1/τ). A module of its own: FSDP shards it in float32.
+
+    PAPER: "zero temperature" is a learnable log_scale that starts at 0, i.e. τ = 1.
+    """
+
+    def __init__(self, tau):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(tau)))
+
+    def forward(self):
+        return self.log_scale.clone()  # FSDP may free its own tensor after forward
+
+
 class SEAModel(nn.Module):
     """transformers' Llava with our Adapter as its projector, and the temperature of Eq. 11.
 
     llava: from assemble or load_llava. preprocess: the keywords of data.geometry for its tower.
-    parts: where vision tower and LLM came from, which is kept beside the adapter's weights.
-
-    PAPER: "zero temperature" is a learnable log_scale = log(1/τ) that starts at 0, i.e. τ = 1.
+    parts: where vision tower and LLM came from, and their digests: the adapter's file keeps them.
     """
 
     def __init__(self, llava, tokenizer, preprocess, parts, tau=1.0):
         super().__init__()
         self.llava = llava.eval().requires_grad_(False)
         self.adapter.requires_grad_(True)
-        self.log_scale = nn.Parameter(torch.full((1,), -math.log(tau)))
+        self.temperature = Temperature(tau)
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.parts = parts
         self.image_tokens = llava.config.image_seq_length
         self.grid = (math.isqrt(self.image_tokens),) * 2
-        # Rows that assemble added at the embedding's end, listed there as suppress_tokens, are
-        # never predicted.
-        padding_ids = llava.generation_config.suppress_tokens or []
-        self.vocabulary_size = self.embed_tokens.num_embeddings - len(padding_ids)
+        positions = getattr(llava.config.text_config, "max_position_embeddings", None)
+        self.max_positions = positions or math.inf  # of position embeddings that have no end
+        # assemble suppresses the rows that it appends to the embedding: they are not predicted.
+        # Suppressed ids anywhere else (in a foreign Llava) are real tokens and stay.
+        suppressed = llava.generation_config.suppress_tokens or []
+        rows = self.embed_tokens.num_embeddings
+        are_added = sorted(suppressed) == list(range(rows - len(suppressed), rows))
+        self.vocabulary_size = rows - len(suppressed) if are_added else rows
 
     def forward(
         self,
@@ -101,9 +120,11 @@ class SEAModel(nn.Module):
         """A batch of data.collate -> dict of loss_g (Eq. 12) and, with labels, loss_a (Eq. 11).
 
         input_ids [B, L], padded on the right, where causal attention never looks: it needs no mask.
-        image_places [images * m], trained [T], pixels [images, 3, size, size], label_ids and
-        label_scores [B, m, n]. Also in the dict: with labels pairs and matched (see loss.sea_loss)
-        and tau; without gradients inputs [B * L, D], which is X_input (Eq. 3).
+        image_places [images * m] and trained [T]: indices into the flattened input_ids, of <image>
+        and of the tokens to be predicted. pixels [images, 3, size, size]. label_ids and
+        label_scores [B, m, n], on the CPU, arrays or tensors.
+        Also in the dict: with labels pairs and matched (see loss.sea_loss) and tau; under no_grad
+        inputs [B * L, D], which is X_input (Eq. 3).
 
         PAPER: L_g is a mean over the trained tokens. num_targets is what their sum is divided by,
         for a mean over several micro-batches and ranks; by default the number in this batch.
@@ -128,16 +149,17 @@ class SEAModel(nn.Module):
             out["inputs"] = inputs  # in training it would be kept for nothing
 
         if label_ids is not None:
+            log_scale = self.temperature()
             out["loss_a"], counts = sea_loss(  # Eq. 9 to 11
                 visual_tokens,
-                label_ids,
-                label_scores,
-                self.word_features,
-                self.log_scale,
+                torch.as_tensor(label_ids),
+                torch.as_tensor(label_scores),
+                self.label_features,
+                log_scale,
                 self.grid,
                 **sea_options,
             )
-            out.update(counts, tau=torch.exp(-self.log_scale[0]))
+            out.update(counts, tau=torch.exp(-log_scale[0]))
         return out
 
     def visual_tokens(self, pixels):
@@ -157,11 +179,11 @@ class SEAModel(nn.Module):
         features = hidden[self.llava.config.vision_feature_layer][:, -self.image_tokens :]
         return self.adapter(features)[:images]
 
-    def set_words(self, words, max_tokens=None):
-        """Say which words the label ids stand for; of each, max_tokens are used."""
-        self.word_token_ids = [ids[:max_tokens] for ids in word_tokens(words, self.tokenizer)]
+    def set_words(self, words):
+        """Say which words the label ids stand for."""
+        self.word_token_ids = word_tokens(words, self.tokenizer)
 
-    def word_features(self, labels):
+    def label_features(self, labels):
         """Ψ(w) of the words with these ids (Eq. 10), as the LLM's first layer sees them.
 
         labels [N] -> [N, D].
@@ -171,7 +193,7 @@ class SEAModel(nn.Module):
         token_ids = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
         token_ids, offsets = (x.to(self.device, non_blocking=True) for x in (token_ids, offsets))
         features = word_features(self.embed_tokens.weight, token_ids, offsets)
-        return features * self.adapter.output_scale  # the embedding layer scales its rows alike
+        return features * self.adapter.output_scale  # calling the layer scales; .weight does not
 
     @torch.no_grad()
     def generate(self, batch, **kwargs):
@@ -195,8 +217,8 @@ class SEAModel(nn.Module):
         if not tune_vision:
             self.vision_tower.to(dtype).requires_grad_(False)
             return
-        # What comes after layer -2 is never used, and DDP would wait for its gradients. A backward
-        # pass of a blank image finds the parameters that get one.
+        # What comes after layer -2 gets no gradient, and DDP would wait for one. visual_tokens([])
+        # runs a blank image: what took part has a gradient of 0 after it, the rest None.
         self.visual_tokens([]).sum().backward()
         for parameter in self.vision_tower.parameters():
             parameter.requires_grad_(parameter.grad is not None)
@@ -216,6 +238,10 @@ class SEAModel(nn.Module):
         return self.llava.get_input_embeddings()
 
     @property
+    def log_scale(self):
+        return self.temperature.log_scale
+
+    @property
     def device(self):
         return self.log_scale.device
 
@@ -231,8 +257,6 @@ class SEAModel(nn.Module):
 # Vision towers by the model_type of their config. Of a tower with a class token Llava drops the
 # first token ("default"), otherwise none ("full").
 TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full", "dinov2": "default"}
-# Settings of LLMs that change the logits after the LM head, unless they are None or 1.
-LOGIT_CHANGES = "final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"
 
 
 def new_model(vision, llm, dtype=torch.float32, tau=1.0):
@@ -240,9 +264,15 @@ def new_model(vision, llm, dtype=torch.float32, tau=1.0):
 
     With torch.device("meta") as the default device it has only shapes; no weights are read.
     """
-    parts = {"vision": VISION.get(vision, str(vision)), "llm": LLMS.get(llm, str(llm))}
+    parts = {
+        "vision": absolute(VISION.get(vision, str(vision))),
+        "llm": absolute(LLMS.get(llm, str(llm))),
+    }
     tower, preprocess = load_vision(parts["vision"], dtype)
     causal_lm, tokenizer = load_llm(parts["llm"], dtype)
+    if causal_lm.device.type != "meta":
+        parts["vision_digest"] = part_digest(tower)
+        parts["llm_digest"] = part_digest(causal_lm, tokenizer.get_vocab())
     llava = assemble(tower, causal_lm, tokenizer, preprocess["size"])
     return SEAModel(llava, tokenizer, preprocess, parts, tau)
 
@@ -277,16 +307,54 @@ def assemble(tower, llm, tokenizer, image_size):
     return llava
 
 
-def refuse_llm(llm):
-    """Raise UserError if transformers' Llava would not compute what this LLM computes."""
-    misfit = f"--llm: {type(llm).__name__} does not fit into transformers' Llava, which"
-    for name in LOGIT_CHANGES:
-        if getattr(llm.config, name, None) not in (None, 1):
-            raise UserError(f"{misfit} leaves out {name}, which changes the logits of this LLM")
+@torch.no_grad()
+def refuse_llm(llm, name="--llm"):
+    """Raise UserError if transformers' Llava would not compute what this LLM computes.
+
+    It is run on a few tokens, as a whole and as SEAModel.forward runs it; not on the meta device.
+    """
+    misfit = f"{name}: {type(llm).__name__} does not fit into transformers' Llava, which"
     modules = list(dict(llm.named_children()))
     is_usual = modules == ["model", "lm_head"] and hasattr(llm.model, "embed_tokens")
     if not is_usual or llm.lm_head.bias is not None:
         raise UserError(f"{misfit} takes a decoder with embed_tokens and an LM head without bias")
+    if llm.device.type == "meta":
+        return
+    ids = torch.arange(1, 9, device=llm.device)[None] * (llm.config.vocab_size // 9)
+    own = llm(ids, use_cache=False).logits.float()
+    embeds = llm.get_input_embeddings()(ids)
+    try:
+        hidden = llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        # The mean is no row of the embedding: a decoder that looks up the ids of rows fails here.
+        llm.model(inputs_embeds=embeds.mean(1, keepdim=True), use_cache=False)
+    except Exception as e:  # each decoder has its own way to say it
+        raise UserError(f"{misfit} gives the decoder embeddings of any kind, and no ids") from e
+    difference = (llm.lm_head(hidden).float() - own).norm() / own.norm()
+    # Rounding stays far below this; softcapping or scaling does not. NaN is refused too.
+    if not difference <= max(1e-6, torch.finfo(llm.dtype).eps / 16):
+        raise UserError(
+            f"{misfit} takes the logits from the LM head as they are: this LLM's own differ from "
+            f"them by {100 * difference:.2g} %, as with softcapping or scaling; use another LLM"
+        )
+
+
+def absolute(name):
+    """The path of a folder or file, found from any working directory; else a hub name as it is.
+
+    Not resolved: in the hub's cache a GGUF file is a link to a file without the suffix.
+    """
+    return str(Path(name).absolute()) if os.path.exists(name) else name
+
+
+def part_digest(model, vocabulary=()):
+    """A short fingerprint of a model's weights, and of a tokenizer's vocabulary {token: id}.
+
+    It holds the first numbers of each parameter, in bfloat16 so that the dtype they are loaded in
+    does not count. Names and order do not either: they differ between versions of transformers.
+    """
+    firsts = [p.detach().flatten()[:64].bfloat16().tolist() for p in model.parameters()]
+    tokens = dict(vocabulary).items()
+    return digest([*sorted(map(str, firsts)), *sorted(map(str, tokens))])
 
 
 def new_adapter(d_vision, llm):
@@ -296,7 +364,7 @@ def new_adapter(d_vision, llm):
 
 
 def generation_config(llm, tokenizer, suppress_tokens):
-    """Answers end with the chat format's end token, or one that the LLM had from the start."""
+    """Greedy generation that ends with the chat format's end token or any that the LLM had."""
     ends = llm.generation_config.eos_token_id  # an id, a list of them, or None
     ends = ends if isinstance(ends, list) else [ends]
     return GenerationConfig(
@@ -309,7 +377,7 @@ def generation_config(llm, tokenizer, suppress_tokens):
 
 def load_vision(name, dtype):
     """A CLIP, SigLIP or DINOv2 vision tower from a hub name or folder, and its preprocess."""
-    with files_of(name):
+    with user_errors(name):
         config = AutoConfig.from_pretrained(name)
         config = getattr(config, "vision_config", config)  # of a whole CLIP, text tower and all
         if config.model_type not in TOWERS:
@@ -326,7 +394,7 @@ def load_llm(name, dtype):
             raise UserError(f"{file}: no such GGUF file (--llm)")
         name = file.parent
         kwargs = {"gguf_file": file.name}
-    with files_of(name):
+    with user_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         config = AutoConfig.from_pretrained(name, **kwargs)
         llm = load_weights(AutoModelForCausalLM, name, config, dtype, **kwargs)
@@ -336,7 +404,7 @@ def load_llm(name, dtype):
 
 
 @contextlib.contextmanager
-def files_of(name):
+def user_errors(name):
     """Turn the errors of a model that cannot be read or written into a UserError."""
     try:
         yield
@@ -365,11 +433,16 @@ def load_weights(auto_class, name, config, dtype, **kwargs):
 # ----------------------------------------------------------------------------- from runs
 
 
-def load_model(path, dtype=torch.float32):
-    """The SEAModel of a run (its out_dir, model/ or a checkpoint), a Llava folder or hub name."""
+def load_model(path, dtype=torch.float32, llm="", vision=""):
+    """The SEAModel of a run (its out_dir, model/ or a checkpoint), a Llava folder or hub name.
+
+    llm, vision: where the parts of an adapter are now, if not where they were in training.
+    """
     folder = find_model(path)
     if (folder / "adapter.safetensors").is_file():
-        return load_adapter(folder, dtype)
+        return load_adapter(folder, dtype, {"llm": llm, "vision": vision})
+    if llm or vision:
+        raise UserError(f"{path}: is a whole Llava; --llm and --vision are not needed")
     return load_llava(str(folder), dtype)
 
 
@@ -398,23 +471,51 @@ def checkpoints(out_dir):
     return dict(sorted(steps.items()))
 
 
-def load_adapter(folder, dtype):
-    """A new model of the parts that folder/adapter.safetensors names, with its weights."""
+def load_adapter(folder, dtype, moved):
+    """A new model of the parts that folder/adapter.safetensors names, with its weights.
+
+    moved: {part: where it is now, or ""}.
+    """
     file = folder / "adapter.safetensors"
-    with files_of(folder):
-        with safe_open(file, "pt") as header:
-            names = header.metadata()
-        model = new_model(names["vision"], names["llm"], dtype)
-        model.preprocess["mode"] = names["image_mode"]
+    with user_errors(folder):
+        origin = read_origin(file)
         saved = load_file(file)
+        names = {part: moved[part] or origin[part] for part in ("llm", "vision")}
+    for part, name in names.items():
+        if os.path.isabs(name) and not os.path.exists(name):
+            raise UserError(f"{file}: its {part} {name} is gone; say where it is: --{part}")
+    model = new_model(**names, dtype=dtype)
+    refuse_other_parts(file, model.parts)
+    with user_errors(folder):
+        model.preprocess["mode"] = origin["image_mode"]
         model.log_scale.data.copy_(saved.pop("log_scale"))
         model.adapter.load_state_dict({k.removeprefix("adapter."): w for k, w in saved.items()})
     return model
 
 
+def read_origin(file):
+    """What save_adapter wrote into an adapter's header."""
+    with safe_open(file, "pt") as header:
+        return header.metadata()
+
+
+def refuse_other_parts(file, parts):
+    """Raise UserError if an adapter was trained with other weights or another vocabulary."""
+    origin = read_origin(file)
+    for part in ("vision", "llm"):
+        key = f"{part}_digest"
+        if key in parts and key not in origin:
+            print(f"{file}: of an older version; whether {parts[part]} is its {part} is unknown")
+        elif key in parts and parts[key] != origin[key]:
+            raise UserError(
+                f"{file}: {parts[part]} is not the {part} that the adapter was trained with "
+                f"({origin[part]} at that time); say where that is: --{part}"
+            )
+
+
 def load_llava(name, dtype):
     """The model of a Llava folder or hub name, such as save_llava writes."""
-    with files_of(name):
+    with user_errors(name):
         config = AutoConfig.from_pretrained(name)
         is_llava = config.model_type == "llava" and config.vision_config.model_type in TOWERS
         if not is_llava or not isinstance(config.vision_feature_layer, int):
@@ -424,6 +525,10 @@ def load_llava(name, dtype):
             )
         llava = load_weights(AutoModelForImageTextToText, name, config, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
+        with torch.device("meta"):  # refuse_llm needs the LLM's own class, around these weights
+            llm = AutoModelForCausalLM.from_config(config.text_config)
+        llm.model, llm.lm_head = llava.model.language_model, llava.lm_head
+        refuse_llm(llm, name)
 
         projector = llava.model.multi_modal_projector.float()
         adapter = new_adapter(projector.linear_1.in_features, llava)
@@ -434,9 +539,10 @@ def load_llava(name, dtype):
     adapter.linear_2.bias.data /= adapter.output_scale
     llava.model.multi_modal_projector = adapter
 
-    prepare_tokenizer(tokenizer)
-    padding_ids = llava.generation_config.suppress_tokens
-    llava.generation_config = generation_config(llava, tokenizer, padding_ids)
+    if prepare_tokenizer(tokenizer) != llava.config.image_token_id:
+        raise UserError(f"{name}: its image token is not {IMAGE_TOKEN}")
+    suppressed = llava.generation_config.suppress_tokens
+    llava.generation_config = generation_config(llava, tokenizer, suppressed)
     return SEAModel(llava, tokenizer, preprocess, {"llava": str(name)})
 
 
@@ -458,12 +564,15 @@ def adapter_state(model):
 def full_state(model):
     """Name -> whole tensor on the CPU, on rank 0; every rank of a sharded model must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=options)
+    for name, w in state.items():
+        state[name] = w.clone()  # of uneven shards it is a view of padded memory, not to be saved
+    return state
 
 
 def save_adapter(folder, state, names):
     """Write folder/adapter.safetensors: adapter_state, and names in its header."""
-    with files_of(folder):
+    with user_errors(folder):
         save_file(state, Path(folder) / "adapter.safetensors", metadata=names)
 
 
@@ -473,7 +582,7 @@ def save_llava(model, folder, state, dtype):
     state: of full_state; its weights are written in dtype.
     """
     weights = {name: w.to(dtype) for name, w in portable_names(model, state).items()}
-    with files_of(folder):
+    with user_errors(folder):
         save_torch_state_dict(weights, folder)
 
     config = model.llava.config
@@ -512,7 +621,7 @@ def portable_names(model, state):
         for old, new in renames.items():  # one after another, each on the last one's result
             name = re.sub(f"^{old}", new, name)
         weights[name] = weight
-    del weights["log_scale"]
+    del weights["temperature.log_scale"]
     if model.llava.config.tie_word_embeddings:
         weights.pop("language_model.lm_head.weight", None)
     return weights
