@@ -6,21 +6,25 @@ A data file is a JSON list of samples, or holds one sample on each line (.jsonl)
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import inspect
 import io
 import json
+import os
+import pickle
 import re
+import string
 import sys
 import typing
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.distributed.checkpoint import CheckpointException
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -34,10 +38,11 @@ from transformers import (
     dynamic_module_utils,
 )
 
-# transformers never runs Python code that comes with a model, and does not ask about it
+# transformers refuses Python code that comes with a model, and does not ask about it
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
 IMAGE_TOKEN = "<image>"
-# Others, such as EPS, are not for files of unknown origin. JPEG includes the MPO of phones.
+# No others, such as EPS: files come from anywhere. JPEG includes the MPO of phones.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IGNORE = -100  # the target of a position that is not trained, as cross_entropy expects it
 
@@ -48,25 +53,52 @@ class UserError(Exception):
 
 # ----------------------------------------------------------------------------- samples
 
+FORMAT = (
+    '{"image": "a/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nDescribe it."}, '
+    '{"from": "gpt", "value": "A red door."}]}'
+)
+# Signs of a picture or a video elsewhere than under "image": a key that has a value, a value that
+# is the name of a file, a placeholder where a human turn begins or ends.
+PICTURE_KEY = "image|img|picture|photo|video"
+PICTURE_FILE = r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|avi|mkv|mov|webm)"
+PICTURE_TEXT = r"^\s*<(img|video)>|<(img|video)>\s*$|<img>[^<\s]+</img>"
+
 
 def load_samples(file, captions=True):
     """A LLaVA .json or .jsonl file -> a sequence of dicts, all of them checked.
 
     captions: every sample must be an image and its caption, as stage 1 and the labels need it.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise UserError(f"{file}: no such data file (--data takes a LLaVA-format .json or .jsonl)")
-    if file.suffix == ".jsonl":
+    file = find_data(file)
+    if file.suffix.lower() == ".jsonl":
         samples = JsonLines(file, captions)
     else:
-        samples = parse_json(file.read_bytes(), file)
-        if not isinstance(samples, list):
-            raise UserError(f"{file}: expected a list of samples")
+        samples = read_list(file)
         for number, sample in enumerate(samples, 1):
             check_sample(sample, captions, f"{file}, sample {number}")
     if not len(samples):
         raise UserError(f"{file}: expected at least one sample")
+    return samples
+
+
+def find_data(file):
+    """The Path of a data file, or UserError if there is none or its name says another format."""
+    file = Path(file)
+    if not os.path.isfile(file):  # unlike Path's, no error if the name is too long
+        raise UserError(f"{file}: no such data file (--data takes a LLaVA-format .json or .jsonl)")
+    if file.suffix.lower() not in (".json", ".jsonl"):
+        raise UserError(
+            f"{file}: not LLaVA's format, a .json with a list of samples, or a .jsonl with a "
+            f"sample on each line: {FORMAT}"
+        )
+    return file
+
+
+def read_list(file):
+    """The samples of a .json file, unchecked."""
+    samples = parse_json(file.read_bytes(), file)
+    if not isinstance(samples, list):
+        raise UserError(f"{file}: not LLaVA's format, expected a list of samples such as {FORMAT}")
     return samples
 
 
@@ -94,6 +126,12 @@ class JsonLines:
 
     def __len__(self):
         return len(self.lengths)
+
+    def __iter__(self):
+        with open(self.file, "rb") as lines:
+            for line in lines:
+                if line.strip():
+                    yield json.loads(line)
 
     def __getitem__(self, i):
         with open(self.file, "rb") as lines:
@@ -123,7 +161,14 @@ def parse_json(text, file, line=None):
     except (ValueError, RecursionError) as e:  # of JSON or of UTF-8; too deep
         line = line or getattr(e, "lineno", "?")
         reason = getattr(e, "msg", e)
-        raise UserError(f"{file}, line {line}: not valid JSON ({reason}); mend or remove it") from e
+        raise UserError(
+            f"{file}, line {line}: not valid JSON ({reason}); mend it, or remove the line"
+        ) from e
+
+
+def digest(texts):
+    """A short fingerprint of a list of strings."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def image_of(sample):
@@ -149,7 +194,13 @@ def check_sample(sample, captions, where):
     """Raise UserError, which begins with `where`, if a sample is malformed."""
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list) or len(turns) < 2:
-        raise UserError(f'{where}: needs "conversations", a list of at least two turns')
+        raise UserError(
+            f'{where}: needs "conversations", a list of at least two turns, as in {FORMAT}'
+        )
+    try:
+        pickle.dumps(sample)  # as data loaders do, far from its file and line
+    except RecursionError as e:
+        raise UserError(f"{where}: its lists or objects are nested too deep; remove them") from e
     image = image_of(sample)
     for turn in turns:
         texts = [turn.get("from"), turn.get("value")] if isinstance(turn, dict) else [None]
@@ -159,28 +210,49 @@ def check_sample(sample, captions, where):
             )
         if turn["from"] == "gpt" and not turn["value"].strip():
             raise UserError(f"{where}: an answer is empty; nothing could be trained; remove it")
-        if IMAGE_TOKEN in turn["value"].replace(IMAGE_TOKEN, ""):
-            raise UserError(f"{where}: without {IMAGE_TOKEN}, another {IMAGE_TOKEN} remains")
+        if image is not None and IMAGE_TOKEN in turn["value"].replace(IMAGE_TOKEN, ""):
+            raise UserError(f"{where}: one {IMAGE_TOKEN} stands in another")
         if re.search("[\0\ud800-\udfff]", f"{turn['from']}{turn['value']}{image}"):
             raise UserError(f"{where}: a NUL or half a UTF-16 pair stands in a text or in the path")
+    if image is None and (sign := sign_of_picture(sample)):
+        raise UserError(
+            f'{where}: has no "image", but {sign}; give its picture, a single one, as "image", a '
+            "path below --image_folder, or remove the sample"
+        )
     is_path = isinstance(image, str) and image[0] != "/" and ".." not in image.split("/")
     if not is_path and (captions or image is not None):
         raise UserError(f'{where}: needs "image", one path below --image_folder, not {image!r}')
 
-    speakers = "\0".join(turn["from"] for turn in turns)  # NUL is in none of them
-    chat = "(system\0)?(gpt\0)?human\0gpt(\0human\0gpt)*(\0human)?"
-    if not re.fullmatch("human\0gpt" if captions else chat, speakers):
+    speakers = [turn["from"] for turn in turns]
+    letters = {"system": "s", "human": "h", "gpt": "g"}
+    pattern = "hg" if captions else "s?g?(hg)+h?"
+    if not re.fullmatch(pattern, "".join(letters.get(speaker, "?") for speaker in speakers)):
         raise UserError(
-            f"{where}: the turns are from {speakers.split(chr(0))}; they must be a caption's "
+            f"{where}: the turns are from {speakers}; they must be a caption's "
             "(human gpt) in stage 1, and alternate between human and gpt, after a system turn if "
             "any, in stage 2"
         )
     with_image = [turn["from"] for turn in turns if IMAGE_TOKEN in turn["value"]]
-    if with_image and (with_image != ["human"] or not image):
+    if with_image and with_image != ["human"] and image is not None:
         raise UserError(
             f"{where}: {IMAGE_TOKEN} may stand in one human turn of a sample with an image; here "
-            f"it is in turns of {with_image}, and the image is {image!r}"
+            f"it is in turns of {with_image}"
         )
+
+
+def sign_of_picture(sample):
+    """What shows that a sample without "image" has a picture or a video all the same, or None."""
+    for key, value in sample.items():
+        if not value or str(value).lower() in ("none", "nan") or key in ("id", "conversations"):
+            continue
+        first = value[0] if isinstance(value, list) else value
+        is_file = isinstance(first, str) and re.fullmatch(PICTURE_FILE, first, re.IGNORECASE)
+        if is_file or re.search(PICTURE_KEY, key, re.IGNORECASE):
+            return f"it has {key!r}: {str(value)[:80]!r}"
+    for turn in sample["conversations"]:
+        if turn["from"] == "human" and (found := re.search(PICTURE_TEXT, turn["value"])):
+            return f"a question has {found[0].strip()[:80]!r}"
+    return None
 
 
 # ----------------------------------------------------------------------------- text
@@ -226,8 +298,9 @@ def encode_conversation(
 def encode_chat(sample, tokenizer, image_tokens, is_prompt):
     """-> ids and is_trained, lists of equal length; arguments as of encode_conversation."""
     messages = chat_messages(sample, image_tokens)
+    kept = () if image_of(sample) is None else (IMAGE_TOKEN,)
     for message in messages:
-        message["content"] = as_text(message["content"], tokenizer)
+        message["content"] = as_text(message["content"], tokenizer, kept)
     encoded = tokenizer.apply_chat_template(
         messages,
         return_dict=True,
@@ -239,10 +312,10 @@ def encode_chat(sample, tokenizer, image_tokens, is_prompt):
     marked = sum(np.diff([0, *is_trained]) > 0)
     if marked != answers:
         raise UserError(
-            f"sample {sample.get('id')}: the chat template marks {marked} of {answers} answers; "
-            "its {% generation %} must enclose each of them"
+            f"sample {sample.get('id')}: {marked} of its {answers} answers begin with a token; "
+            "remove the first character of the others, which the tokenizer leaves out"
         )
-    # Our templates leave BOS to the tokenizer.
+    # Some templates leave BOS to the tokenizer, as Vicuna's.
     bos = bos_of(tokenizer)
     if encoded["input_ids"][:1] == bos:
         bos = []
@@ -250,17 +323,18 @@ def encode_chat(sample, tokenizer, image_tokens, is_prompt):
 
 
 def bos_of(tokenizer):
-    """[BOS], or [] of a tokenizer that does not begin texts with it."""
+    """[BOS] if the tokenizer begins texts with it, else []."""
     return [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]
 
 
-def as_text(text, tokenizer):
-    """A text without control tokens but <image>, for only a template makes them.
+def as_text(text, tokenizer, kept=()):
+    """Break the control tokens in a text, but those in `kept`, by a zero-width space.
 
-    A zero-width space parts the "</s>" of a caption.
+    They may come only from the template, never from a sample's text: not from "</s>" in a caption,
+    nor from "<image>" in the code of a sample without an image, which LLaVA reads as text too.
     """
     for token in control_tokens(tokenizer).values():
-        if token != IMAGE_TOKEN:
+        if token not in kept:
             text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
     return text
 
@@ -278,8 +352,8 @@ def chat_messages(sample, image_tokens=1):
 
     As in LLaVA the image is moved to the start of its turn. If no turn has <image>, it goes to the
     start of the first human turn. An answer before the first question is dropped. Texts are
-    stripped. Unlike LLaVA, the chat is encoded as a whole, as the exported processor does it:
-    LLaVA's own code has one untrained piece more after the image with SentencePiece tokenizers.
+    stripped. Unlike in LLaVA, the chat is encoded as a whole, as the exported processor does it:
+    LLaVA encodes the text after the image apart, which with SentencePiece adds an untrained piece.
     """
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = []
@@ -298,14 +372,27 @@ def chat_messages(sample, image_tokens=1):
     return messages
 
 
-# ----------------------------------------------------------------------------- chat templates
+# ----------------------------------------------------------------------------- chat formats
 
 _LLAVA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
-# Message contents are a string, or a list of {"type": "image"} and {"type": "text", "text": ...}.
-_MACROS = r"""
+# LLaVA's format, for LLMs whose tokenizer has no chat template.
+_VICUNA = r"""
+{%- if messages[0].role != "system" -%}{{ "LLAVA_SYSTEM USER: " }}{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == "system" -%}{{ message.content ~ " USER: " }}
+{%- elif message.role == "user" -%}{{ message.content ~ " ASSISTANT:" }}
+{%- else -%}{{ " " ~ message.content ~ eos_token ~ "USER: " }}
+{%- endif -%}
+{%- endfor -%}""".replace("LLAVA_SYSTEM", _LLAVA_SYSTEM)
+# The template that is trained with and exported, after the strings of chat_format. A chat is
+#     begin Q1 to_answer [space A1 end] to_question Q2 to_answer [space A2 end]
+# of which the parts in brackets are trained. With a system turn S, begin is
+#     begin_system S after_system
+# Contents are a string, or a list of {"type": "image"} and {"type": "text", "text": ...}.
+_TEMPLATE = r"""
 {%- macro text(message) -%}
 {%- if message.content is string -%}{{ message.content | trim }}
 {%- else -%}
@@ -315,112 +402,194 @@ _MACROS = r"""
 {%- endfor -%}
 {{ parts.all | trim }}
 {%- endif -%}
-{%- endmacro -%}"""
-_VICUNA = r"""
-{%- if messages[0].role != "system" -%}{{ llava_system ~ " " }}{%- endif -%}
+{%- endmacro -%}
 {%- for message in messages -%}
-{%- if message.role == "system" -%}{{ text(message) ~ " " }}
-{%- elif message.role == "user" -%}{{ "USER: " ~ text(message) ~ " " }}
+{%- if message.role == "system" -%}{{ begin_system ~ text(message) ~ after_system }}
+{%- elif message.role == "user" -%}
+{{ (begin if loop.first else "") ~ text(message) }}
+{%- if add_generation_prompt or not loop.last -%}{{ to_answer }}{%- endif -%}
 {%- else -%}
-{{ "ASSISTANT:" }}{%- generation -%}{{ " " ~ text(message) ~ eos_token }}{%- endgeneration -%}
+{%- generation -%}{{ space ~ text(message) ~ end }}{%- endgeneration -%}
+{%- if not loop.last -%}{{ to_question }}{%- endif -%}
 {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ "ASSISTANT:" }}{%- endif -%}"""
-_LLAMA_3 = r"""
-{%- macro head(role) -%}{{ "<|start_header_id|>" ~ role ~ "<|end_header_id|>\n\n" }}{%- endmacro -%}
-{%- if messages[0].role != "system" -%}{{ head("system") ~ llava_system ~ eos_token }}{%- endif -%}
-{%- for message in messages -%}
-{{ head(message.role) }}
-{%- if message.role == "assistant" -%}
-{%- generation -%}{{ text(message) ~ eos_token }}{%- endgeneration -%}
-{%- else -%}{{ text(message) ~ eos_token }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ head("assistant") }}{%- endif -%}"""
-_PHI_3 = r"""
-{%- if messages[0].role != "system" -%}
-{{ "<|system|>\nYou are a helpful AI assistant.<|end|>\n" }}
-{%- endif -%}
-{%- for message in messages -%}
-{{ "<|" ~ message.role ~ "|>\n" }}
-{%- if message.role == "assistant" -%}
-{%- generation -%}{{ text(message) ~ eos_token }}{%- endgeneration -%}{{ "\n" }}
-{%- else -%}{{ text(message) ~ eos_token ~ "\n" }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ "<|assistant|>\n" }}{%- endif -%}"""
-# As published, the newline after an answer is trained too.
-_GEMMA = r"""
-{%- for message in messages -%}
-{%- if message.role == "user" -%}
-{{ "<start_of_turn>user\n" }}
-{%- if loop.previtem and loop.previtem.role == "system" -%}
-{{ text(loop.previtem) ~ "\n\n" }}
-{%- endif -%}
-{{ text(message) ~ eos_token ~ "\n" }}
-{%- elif message.role == "assistant" -%}
-{{ "<start_of_turn>model\n" }}
-{%- generation -%}{{ text(message) ~ eos_token ~ "\n" }}{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ "<start_of_turn>model\n" }}{%- endif -%}"""
-_CHATML = r"""
-{%- for message in messages -%}
-{{ "<|im_start|>" ~ message.role ~ "\n" }}
-{%- if message.role == "assistant" -%}
-{%- generation -%}{{ text(message) ~ eos_token }}{%- endgeneration -%}{{ "\n" }}
-{%- else -%}{{ text(message) ~ eos_token ~ "\n" }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
-# Chat formats: a token that only vocabularies of the format have, the token that ends a turn
-# (eos_token in the template), the template. All other LLMs get Vicuna's, with their own EOS.
-CHAT_FORMATS = [
-    ("<|start_header_id|>", "<|eot_id|>", _LLAMA_3),
-    ("<|assistant|>", "<|end|>", _PHI_3),
-    ("<start_of_turn>", "<end_of_turn>", _GEMMA),
-    ("<|im_start|>", "<|im_end|>", _CHATML),
-]
+{%- endfor -%}"""
+_USE_VICUNA = (
+    "remove chat_template from its tokenizer_config.json (or its chat_template.jinja) to train "
+    "with Vicuna's format"
+)
 
 
 def prepare_tokenizer(tokenizer):
     """Make a tokenizer fit for training -> the id of <image>.
 
-    It gets <image> as one token, a pad token, and a chat template that marks answers, whose
-    end-of-turn token becomes EOS. A template of its own that marks answers is kept.
+    It gets <image> as one token, a pad token, and a chat template that marks answers, in the format
+    of its own or, if it has none, in Vicuna's. The token that ends answers becomes EOS. Raises
+    UserError if the format cannot be read, or if it would be trained otherwise than it is asked.
     """
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if not marks_answers(tokenizer):
-        vocabulary = tokenizer.get_vocab()
-        template = _VICUNA
-        for marker, end, its_template in CHAT_FORMATS:
-            if marker in vocabulary and end in vocabulary:
-                template = its_template
-                tokenizer.eos_token = end
-                break
-        if template == _VICUNA and tokenizer.chat_template:
-            raise UserError(
-                "--llm: the format of its chat template is unknown; enclose the answers in the "
-                "template in {% generation %}, or remove the template to use Vicuna's"
-            )
-        system = f"{{%- set llava_system = {json.dumps(_LLAVA_SYSTEM)} -%}}"
-        tokenizer.chat_template = system + _MACROS + template
+    strings, eos = chat_format(tokenizer)
+    written = "".join(strings.values())
+    markers = [token for token in added_tokens(tokenizer) if token.content in written]
+    tokenizer.add_tokens(markers, special_tokens=True)  # so that no text of a sample makes a turn
+    tokenizer.eos_token = eos
+    lines = [
+        f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}\n"
+        for name, text in strings.items()
+    ]
+    tokenizer.chat_template = "".join(lines) + _TEMPLATE
     if tokenizer.pad_token is None:  # any token will do: masks are made from lengths
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    check_chat_format(tokenizer)
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
 
-def marks_answers(tokenizer):
-    """Does the tokenizer's own chat template mark answers, and the EOS that ends them?"""
-    if not re.search(r"\{%-?\s*generation", tokenizer.chat_template or ""):
-        return False
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    encoded = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True
+def chat_format(tokenizer):
+    """The format of the tokenizer's chat template -> the strings of _TEMPLATE by name, and EOS.
+
+    They are what it writes around the turns of a chat of three rounds.
+    PAPER: where LLaVA has a system text of its own for Llama 3 and Phi-3, a chat without a system
+    turn begins as the LLM's template begins it. Only what is written in each round is kept: Qwen3's
+    empty thoughts before the last answer and the newline after it are not.
+    """
+    rounds = ["user", "assistant"] * 3
+    begin, to_answer, rest, *later = around_turns(tokenizer, rounds)
+    if later[:2] != [to_answer, rest] or not later[2].startswith(to_answer):
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template writes {to_answer!r} and {rest!r} around "
+            f"the first answer, {later[:3]} around later ones; {_USE_VICUNA}"
+        )
+
+    tokens = sorted((token.content for token in added_tokens(tokenizer)), key=len, reverse=True)
+    ended = re.fullmatch(f"(.*?({'|'.join(map(re.escape, tokens))}))(.*)", rest, re.DOTALL)
+    # PAPER: as in LLaVA, EOS ends the answers of a format that is plain text, though the published
+    # template of LLaVA-1.5 leaves it out. Gemma's end without LLaVA's trained newline.
+    if ended:
+        end, eos, to_question = ended.groups()
+    else:
+        end = eos = tokenizer.eos_token
+        to_question = rest
+    if eos is None:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no token that ends an answer; name an "
+            "eos_token in its tokenizer_config.json"
+        )
+
+    # PAPER: a system turn that the template refuses (Gemma), leaves out or moves (Mistral) stands
+    # before the first question.
+    begin_system = begin
+    after_system = "\n\n"
+    with contextlib.suppress(UserError):
+        before, after, *others = around_turns(tokenizer, ["system", *rounds])
+        if others == [to_answer, rest, *later]:
+            begin_system = before
+            after_system = after
+
+    # A space becomes one token with the first word of the answer. PAPER: where plain text leads up
+    # to the answer, as Mistral's first "[/INST]", a space is put between them, for "](" would be
+    # one token. So answers have the ids of Mistral's own code, which encodes them apart.
+    prompt = to_answer.rstrip(" ")
+    space = to_answer[len(prompt) :]
+    if not prompt.endswith(("\n", *tokens)):
+        space = space or " "
+    strings = {
+        "begin": begin,
+        "begin_system": begin_system,
+        "after_system": after_system,
+        "to_answer": prompt,
+        "space": space,
+        "end": end,
+        "to_question": to_question,
+    }
+    return strings, eos
+
+
+def around_turns(tokenizer, roles):
+    """The texts that the chat template writes before, between and after turns of these roles.
+
+    PAPER: where a template writes the day's date, it always writes the same, or ids would change.
+    """
+    template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"  # as Llama 3.1's own
+    template += tokenizer.chat_template or _VICUNA
+    turns = [f"(turn {i})" for i in range(len(roles))]
+    reasons = []
+    for is_list in (False, True):  # LLaVA-1.5's takes only lists, most take only strings
+        contents = [[{"type": "text", "text": turn}] for turn in turns] if is_list else turns
+        messages = [{"role": r, "content": content} for r, content in zip(roles, contents)]
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception as e:  # of a template, which can fail in any way
+            reasons.append(e)
+            continue
+        if re.findall(r"\(turn \d\)", text) == turns:
+            return re.split(r"\(turn \d\)", text)
+        reasons.append("it leaves one out or moves it")
+    raise UserError(
+        f"{tokenizer.name_or_path}: its chat template does not write the turns {', '.join(roles)} "
+        f"({reasons[0]}); {_USE_VICUNA}"
     )
-    return (tokenizer.eos_token_id, 1) in zip(encoded["input_ids"], encoded["assistant_masks"])
+
+
+def check_chat_format(tokenizer):
+    """Raise UserError unless prompts begin their chats, and answers are marked whole.
+
+    Also unless exported processors make the same ids. Tried with answers that begin with each
+    ASCII character, for a character may become one token with what stands before it.
+    """
+    for character in string.digits + string.ascii_letters + string.punctuation:
+        turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": character}] * 2
+        sample = {"conversations": turns, "image": "a.png"}
+        ids, is_trained = encode_chat(sample, tokenizer, 1, is_prompt=False)
+        sample = sample | {"conversations": turns[:-1]}
+        prompt, _ = encode_chat(sample, tokenizer, 1, is_prompt=True)
+        n = len(prompt)
+        if ids[:n] != prompt or is_trained[n - 1 :] != [0] + [1] * (len(ids) - n):
+            raise UserError(
+                f"{tokenizer.name_or_path}: the prompt, which ends in "
+                f"{tokenizer.decode(prompt[-4:])!r}, and an answer that begins with {character!r} "
+                "do not part into tokens of their own; let its chat template write a space between "
+                "them"
+            )
+
+    messages = chat_messages(sample)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    if tokenizer(text, add_special_tokens=not has_bos)["input_ids"] != prompt:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer adds "
+            f"{tokenizer.decode(tokenizer('')['input_ids'])!r} to each text, and with it the "
+            "processor of the exported model to each prompt; let it add nothing but BOS, in its "
+            "tokenizer_config.json or tokenizer.json"
+        )
+
+
+def added_tokens(tokenizer):
+    """The tokens that a tokenizer finds before it splits a text, except for runs of spaces."""
+    return [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+
+
+# ----------------------------------------------------------------------------- words
+
+
+def word_tokens(words, tokenizer):
+    """The LLM's token ids of each word as it stands inside a sentence, with its leading space.
+
+    PAPER: Eq. 10 does not say whether a word has one. For Llama-3 and Gemma " dog" and "dog" are
+    different tokens, and it is the first that the LLM has nearly always read. Encoding " dog" alone
+    would give some SentencePiece tokenizers a second space. "a dog" is encoded instead, and the
+    tokens of "a" are removed from it.
+    """
+    prefix = tokenizer("a", add_special_tokens=False)["input_ids"]
+    rows = tokenizer([f"a {word}" for word in words], add_special_tokens=False)["input_ids"]
+    control = control_tokens(tokenizer).keys()
+    for word, ids in zip(words, rows):
+        if ids[: len(prefix)] != prefix or len(ids) == len(prefix) or control & set(ids):
+            raise UserError(
+                f"the LLM's tokenizer has no text tokens for the word {word!r} alone; remove it "
+                "from the list"
+            )
+    return [ids[len(prefix) :] for ids in rows]
 
 
 # ----------------------------------------------------------------------------- images
@@ -457,6 +626,8 @@ def image_processor(size, mode, mean, std):
 def vision_preprocess(name):
     """The keywords of `geometry` for a vision tower or Llava model, from its processor's config."""
     processor = AutoImageProcessor.from_pretrained(name)
+    if processor.resample != Image.Resampling.BICUBIC:
+        raise UserError(f"{name}: resizes images by filter {processor.resample}, not bicubic (3)")
     if "shortest_edge" not in processor.size:
         mode = "squash"
         size = processor.size["height"]
@@ -470,22 +641,53 @@ def vision_preprocess(name):
 
 
 def read_image(file):
-    """-> (RGB image, CRC-32 of the file's bytes); a UserError names a missing or broken file.
+    """-> RGB image; a UserError names a missing or broken file.
 
     Images are turned upright as their EXIF says, as transformers' and viewers do.
     """
-    if not Path(file).is_file():
+    if not os.path.isfile(file):  # unlike Path's, no error if the name is too long
         raise UserError(f"{file}: cannot read the image (no such file); check --image_folder")
     try:
         content = Path(file).read_bytes()
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         if image.mode[0] in "IF" or max(image.size) > 100 * min(image.size):
             raise ValueError(f"{image.mode}, {image.size}: 8 bits a channel, 100:1 at most")
-        return ImageOps.exif_transpose(image).convert("RGB"), zlib.crc32(content)
+        image.load()  # first, for EXIF may come after the pixels
+        return upright(on_white(image), orientation(image))
     except Exception as e:  # decoders raise nearly everything
+        is_unknown = isinstance(e, UnidentifiedImageError)
+        reason = f"none of {', '.join(IMAGE_FORMATS)}, or damaged" if is_unknown else e
         raise UserError(
-            f"{file}: not a readable image ({e}); replace the file or remove its sample"
+            f"{file}: not a readable image ({reason}); replace the file, or remove its sample "
+            "and make labels and runs anew"
         ) from e
+
+
+def on_white(image):
+    """An image as RGB.
+
+    PAPER: what is transparent becomes white, as browsers show it. LLaVA drops the alpha channel: a
+    black logo on nothing would be a black image.
+    """
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def orientation(image):
+    """The orientation that an image's EXIF names. Without one that can be read it is 1, upright."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as decoders; damaged EXIF must not cost the image
+        return 1
+
+
+def upright(image, orientation):
+    """Turn an image from an orientation of EXIF."""
+    image.info.clear()  # exif_transpose would write the other tags again, and fail on damaged ones
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(image)
 
 
 # ----------------------------------------------------------------------------- batches
@@ -531,16 +733,9 @@ class LlavaDataset(Dataset):
         }
         if item["is_image"].any():
             file = Path(self.image_folder, image_of(sample))
-            image, crc = read_image(file)
-            item["pixels"] = geometry(image, **self.preprocess)
+            item["pixels"] = geometry(read_image(file), **self.preprocess)
         if self.label_store is not None:
-            record = self.label_store.record(i)
-            if record["crc"] != crc:  # which is known: the image of a caption is never cut off
-                raise UserError(
-                    f"{file}: the file has changed since it was labelled; run labels.py extract "
-                    f"again into another folder than {self.label_store.folder}"
-                )
-            item["label_ids"], item["label_scores"] = self.label_store.as_tensors(record)
+            item["label_ids"], item["label_scores"] = self.label_store[i]
         return item
 
 
@@ -628,6 +823,24 @@ def grouped_order(lengths, batch_size, micro_batches_per_step, seed, epoch):
     return np.concatenate([*order, *rest]).astype(np.int64)
 
 
+# ----------------------------------------------------------------------------- processes
+
+
+def rank():
+    """The number of this process among those that torchrun has started."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank_device():
+    """The GPU of this process, or the CPU."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(gpu if torch.cuda.is_available() else "cpu")
+
+
 # ----------------------------------------------------------------------------- command lines
 
 
@@ -636,51 +849,76 @@ def cli(main):
     try:
         main()
     except (UserError, OSError, CheckpointException) as e:
-        # From a DataLoader worker, or as a checkpoint is written, it ends a traceback.
-        message = re.split(r"(?m)^(?:data\.UserError|OSError): ", str(e))[-1]
+        failures = getattr(e, "failures", {}).values()  # of each rank, with its traceback
+        if any(isinstance(failure, KeyboardInterrupt) for failure, _ in failures):
+            sys.exit("stopped")
+        # From a data loader's process or a checkpoint's writer, str(e) is a whole traceback: its
+        # last message counts.
+        message = re.split(r"(?m)^(?:data\.UserError|\w*(?:OS|File|Permission)\w*Error): ", str(e))[
+            -1
+        ]
         sys.exit(f"error: {' '.join(message.split())[:600]}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
     except ModuleNotFoundError as e:
         sys.exit(
-            f"error: {e}; figures need pip install matplotlib scikit-learn, labels.py "
-            "open_clip_torch, --tagger spacy"
+            f"error: {e}; pip install matplotlib scikit-learn (pictures), open_clip_torch "
+            "(labels.py) or spacy (--tagger)"
         )
 
 
-MAY_BE_0 = ("workers", "seed", "sign", "min_score")  # numbers that may be 0 or below
+LEAST = {"workers": 0, "seed": 0, "sign": -1, "min_score": -1}  # of other numbers: above 0
 
 
 def run_command(doc, functions, argv=None):
-    """Call functions[subcommand] as argv says. The flags are the parameters of that function."""
+    """Call functions[subcommand] as argv says. The flags are the parameters of that function.
+
+    functions may be a single function: there is no subcommand then.
+    """
     options = dict(
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
-    parser = argparse.ArgumentParser(description=doc, **options)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, function in functions.items():
-        text = inspect.getdoc(function)
-        command = commands.add_parser(
-            name, help=text.splitlines()[0], description=text, allow_abbrev=False, **options
-        )
-        add_flags(command, inspect.signature(function), {})
-    args = vars(parser.parse_args(argv))
-    function = functions[args.pop("command")]
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, **options)
+    if callable(functions):
+        add_flags(parser, functions)
+        function = functions
+        args = vars(parser.parse_args(argv))
+    else:
+        commands = parser.add_subparsers(dest="command", required=True)
+        for name, function in functions.items():
+            text = inspect.getdoc(function)
+            command = commands.add_parser(
+                name, help=text.splitlines()[0], description=text, allow_abbrev=False, **options
+            )
+            add_flags(command, function)
+        args = vars(parser.parse_args(argv))
+        function = functions[args.pop("command")]
     for name, value in args.items():
-        if type(value) in (int, float) and name not in MAY_BE_0 and not 0 < value < 1e9:
-            raise UserError(f"--{name} must be above 0 and below 1e9, not {value}")
+        if type(value) not in (int, float):
+            continue
+        is_in_range = LEAST[name] <= value < 1e9 if name in LEAST else 0 < value < 1e9
+        if not is_in_range:
+            bound = f"{LEAST[name]} or more" if name in LEAST else "above 0"
+            raise UserError(f"--{name} must be {bound} and below 1e9, not {value}")
     return function(**args)
 
 
-def add_flags(parser, signature, help):
-    """Add a flag for each parameter: its name, annotated type, and help {parameter: text}.
+def add_flags(parser, function):
+    for parameter in inspect.signature(function).parameters.values():
+        is_required = parameter.default is parameter.empty
+        help = "required" if is_required else f"default: {parameter.default!r}"
+        add_flag(parser, parameter, help)
+
+
+def add_flag(parser, parameter, help):
+    """Add a flag for a parameter of inspect.signature: its name, its annotated type, a help text.
 
     A flag that is not given stays out of the parser's result, so that Python's defaults hold.
     """
-    for name, parameter in signature.parameters.items():
-        choices = typing.get_args(parameter.annotation) or None  # of a Literal
-        kind = type(choices[0]) if choices else parameter.annotation
-        options = {"type": kind, "choices": choices}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        is_required = parameter.default is parameter.empty
-        text = "required" if is_required else f"default: {parameter.default!r}"
-        parser.add_argument(f"--{name}", required=is_required, help=help.get(name, text), **options)
+    choices = typing.get_args(parameter.annotation) or None  # of a Literal
+    kind = type(choices[0]) if choices else parameter.annotation
+    options = {"type": kind, "choices": choices}
+    if kind is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    is_required = parameter.default is parameter.empty
+    parser.add_argument(f"--{parameter.name}", required=is_required, help=help, **options)
