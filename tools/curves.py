@@ -1,13 +1,11 @@
-"""Every picture, and the histories of training runs that curves are drawn from.
+"""Pictures of training runs: curves over their steps, the embeddings of Figure 2, gains (Table 2).
 
-draw_words writes a web page and needs no other package. The others need matplotlib, and draw_tsne
-scikit-learn; they are imported where they are used.
+    python -m tools.curves --model out/pretrain --baseline out/pretrain_baseline
+
+Needs matplotlib, and scikit-learn for t-SNE.
 """
 
-import base64
 import collections
-import io
-import itertools
 import json
 import math
 import re
@@ -15,141 +13,58 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageColor
-from torchvision.transforms.functional import to_pil_image
 
-from data import UserError, geometry, read_image, read_json_lines
-from labels import write_file
+from data import UserError, cli, run_command
+from eval import encode_images, find_run, open_captions, read_log, step_in
 
-# ------------------------------------------------------------------------------- words over patches
+# ---------------------------------------------------------------------------------------- commands
 
 
-def draw_words(panels_of, image_folder, size, mode, grid, file):
-    """Patches in the colors of their words (Figure 1a): a web page in one file, for any browser.
+def compare(
+    model: str,
+    baseline: str,
+    out: str = "figures",
+    data: str = "",
+    image_folder: str = "",
+    samples: int = 100,
+    llm: str = "",
+    vision: str = "",
+):
+    """Compare the baseline with SEA, by the results in the folders of their training runs.
 
-    panels_of: {image: {title: the labels of each patch, as of labels.with_words}}. size, mode: of
-    data.geometry, which gives the pixels that the encoder saw. grid: (H, W) patches.
+    Prints all benchmarks measured for both, and the average of their relative gains (Table 2, where
+    it is 7.61 % for Gemma-2B). Draws, of stage 1, tsne.png (Figure 2) and curves.png (Figure 5:
+    TACS, and POPE if eval.py measured it for several checkpoints); of stage 2 curves.png (Figure
+    3a: what eval.py or lm-evaluation-harness measured for several checkpoints).
+
+    PAPER: how MMLU is asked for Figure 3a is not said; 5 examples before each question are usual.
     """
-    counts = collections.Counter()
-    for panels in panels_of.values():
-        for labels in itertools.chain(*panels.values()):
-            counts.update(dict(labels))  # adds up scores
-    colors = {}
-    for number, (word, _) in enumerate(counts.most_common()):
-        # "red" is red. The golden angle parts the hues of the first of the other words best.
-        is_color = word in ImageColor.colormap
-        colors[word] = word if is_color else f"hsl({137.508 * number % 360:.1f} 45% 45%)"
-
-    shown = []
-    for name, panels in panels_of.items():
-        image, _ = read_image(Path(image_folder, name))
-        pixels = geometry(image, size, mode, mean=(0, 0, 0), std=(1, 1, 1))
-        png = io.BytesIO()
-        to_pil_image(pixels.clamp(0, 1)).save(png, "PNG")
-        picture = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        shown.append({"name": name, "picture": picture, "panels": panels})
-    content = json.dumps({"grid": grid, "colors": colors, "images": shown})
-    content = content.replace("<", r"\u003c")  # no word ends the script
-    page = Path(f"{file}".removesuffix(".html") + ".html")
-    write_file(page, PAGE.replace("DATA", content))
-    print(f"wrote {page}")
+    histories = {}
+    groups = {}
+    for kind, path in (("baseline", baseline), ("SEA", model)):
+        run = find_run(path, llm, vision)
+        if not run.folder:
+            raise UserError(f"{path}: not of a training run, whose metrics.jsonl can be drawn")
+        histories[kind] = history(run.folder)
+        if data or run.config["stage"] == "pretrain":
+            groups[kind] = token_groups(run, data, image_folder, samples)
+    draw_comparison(histories, groups, Path(out))
 
 
-PAGE = r"""<!doctype html>
-<title>Words of patches</title>
-<style>
-  body { font: 14px sans-serif; margin: 16px }
-  #panels { display: flex; gap: 16px }
-  .panel { flex: 1; max-width: 640px; min-width: 0 }
-  .image { position: relative }
-  img { width: 100%; display: block; image-rendering: pixelated }
-  .words img { filter: grayscale(1) }
-  .patches { position: absolute; inset: 0; display: grid }
-  .patches div { display: grid; place-items: center; overflow: hidden; cursor: pointer;
-    font-size: 11px; color: white; text-shadow: 0 0 2px black, 0 0 2px black }
-  .word { display: inline-block; margin: 2px; padding: 1px 5px; border-left: 12px solid;
-    background: #e8e8e8; cursor: pointer }
-  .here, .chosen { outline: 2px solid black; outline-offset: -2px }
-  .labels { min-height: 5em }
-</style>
-<input id="slider" type="range" min="0" value="0"> <b id="name"></b>
-<p>Hover over a patch for its words and scores. Click a patch or a word to light up where the word
-  is; click again for all words.</p>
-<div id="panels"></div>
-<script>
-const data = DATA;
-const [H, W] = data.grid;
-const slider = document.getElementById("slider");
-const panels = document.getElementById("panels");
-let chosen = "";  // the word whose patches are lit
-let here = 0;  // the patch whose labels are listed
-slider.max = data.images.length - 1;
-slider.oninput = show;
+@torch.no_grad()
+def token_groups(run, data="", image_folder="", samples=100):
+    """The embeddings of Figure 2, each [N, D]: of images, of all tokens, of captions' tokens."""
+    sea, captions = open_captions(run, data, image_folder, samples)
+    texts = [sample["conversations"][1]["value"] for sample in captions.samples]
+    caption_ids = sea.tokenizer(texts, add_special_tokens=False).input_ids
+    text_ids = torch.tensor(sum(caption_ids, [])).unique()
+    embeddings = sea.embed_tokens(torch.arange(sea.vocabulary_size, device=sea.device))
+    return {
+        "visual tokens": encode_images(sea, captions),
+        "LLM's embeddings": embeddings,
+        "text tokens": embeddings[text_ids],
+    }
 
-function add(parent, className, textContent = "", tag = "div") {
-  const element = parent.appendChild(document.createElement(tag));
-  return Object.assign(element, { className, textContent });
-}
-
-function addWord(parent, word, number) {
-  const element = add(parent, "word", `${word} ${number}`, "span");
-  element.classList.toggle("chosen", word === chosen);
-  element.style.borderColor = data.colors[word];
-  element.onclick = () => choose(word);
-}
-
-function choose(word) {
-  chosen = chosen === word ? "" : word;
-  show();
-}
-
-function showLabels(patch) {
-  here = patch;
-  for (const panel of document.querySelectorAll(".words")) {
-    panel.querySelector(".here")?.classList.remove("here");
-    panel.querySelectorAll(".patches div")[patch].classList.add("here");
-    const labels = panel.querySelector(".labels");
-    labels.textContent = `Row ${Math.floor(patch / W)}, column ${patch % W}: `;
-    for (const [word, score] of panel.patches[patch]) addWord(labels, word, score.toFixed(3));
-  }
-}
-
-function addPanel(image, title, patches) {
-  const panel = add(panels, "panel words", title);
-  const picture = add(panel, "image");
-  add(picture, "", "", "img").src = image.picture;
-  panel.patches = patches;
-  const grid = add(picture, "patches");
-  grid.style.gridTemplate = `repeat(${H}, 1fr) / repeat(${W}, 1fr)`;
-  const counts = new Map();
-  patches.forEach((labels, patch) => {
-    const top = labels.length ? labels[0][0] : "";
-    if (top) counts.set(top, (counts.get(top) || 0) + 1);
-    const word = chosen || top;
-    const isLit = labels.some(([label]) => label === word);
-    const cell = add(grid, "", isLit && W <= 12 ? word : "");
-    cell.style.background = isLit ? data.colors[word] : "";
-    cell.style.opacity = word === top ? 0.8 : 0.4;
-    cell.onmouseenter = () => showLabels(patch);
-    cell.onclick = () => choose(top);
-  });
-  add(panel, "labels");
-  for (const [word, count] of [...counts].sort((a, b) => b[1] - a[1])) addWord(panel, word, count);
-}
-
-function show() {
-  const image = data.images[slider.value];
-  document.getElementById("name").textContent = image.name;
-  panels.textContent = "";
-  const panel = add(panels, "panel", "image");
-  add(panel, "", "", "img").src = image.picture;
-  for (const [title, patches] of Object.entries(image.panels)) addPanel(image, title, patches);
-  showLabels(here);
-}
-
-show();
-</script>
-"""
 
 # ------------------------------------------------------------------------ measures of training runs
 
@@ -181,14 +96,6 @@ def history(folder):
     return measures
 
 
-def read_log(file):
-    """The lines of a run's metrics.jsonl or eval.jsonl, each with the number of its step."""
-    lines = read_json_lines(file, ["step"])
-    if not lines or not all(isinstance(line["step"], int) for line in lines):
-        raise UserError(f"{file}: empty, or a line whose step is no number; mend or remove it")
-    return lines
-
-
 def harness_scores(file):
     """A result file of lmms-eval or lm-evaluation-harness -> {task: {"all": score}}.
 
@@ -212,19 +119,13 @@ def harness_scores(file):
     return scores
 
 
-def step_in(path):
-    """The number of the last step_N in a path, or None."""
-    steps = re.findall(r"step_(\d+)", str(path))
-    return int(steps[-1]) if steps else None
-
-
-# Names of the measures that figures show: TACS, POPE's F1, and "... all" of each benchmark, but not
-# what eval_words finds: "true all" and, if the word "all" is frequent, "words all".
+# Names of the measures that are drawn: TACS, POPE's F1, and "... all" of each benchmark, but not
+# what is said of words: "true all" and, if the word "all" is frequent, "words all".
 SCORES = r"(val_)?tacs|pope f1|(?!words |true ).* all"
 
 
 def draw_comparison(histories, groups, folder):
-    """All that eval.py figures makes: folder/tsne.png, folder/curves.png and the gains.
+    """Draw folder/tsne.png and folder/curves.png, and print the gains.
 
     histories: {"baseline": history, "SEA": history}. groups: of draw_tsne; there may be none.
     """
@@ -315,3 +216,11 @@ def draw_tsne(groups, file, max_points=1000):
 def save_figure(figure, file):
     figure.savefig(file, dpi=150, bbox_inches="tight")
     print(f"wrote {file}")
+
+
+def main(argv=None):
+    run_command(__doc__, compare, argv)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,6 +1,6 @@
-"""Questions with four choices from a folder of class folders, such as Stanford Dogs' Images.
+"""Questions with four lettered choices from a folder of class folders, such as Stanford Dogs'.
 
-    python tests/choices.py Images dogs.json "Which breed is this dog?"
+    python -m tools.choices Images dogs.json "Which breed is this dog?"
     python eval.py vqa --model out/pretrain_finetune --data dogs.json --image_folder Images
 
 PAPER: Table 3 asks Stanford Dogs with four choices. Neither the question nor the wrong choices are
@@ -13,8 +13,6 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from data import UserError, cli
 from labels import write_file
 
@@ -22,8 +20,10 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def questions(folder, text):
-    """One sample in LLaVA's format for each image. The name of a class is that of its folder, with
-    spaces for underscores and without a number of ImageNet (n02085620-Chihuahua).
+    """One sample in LLaVA's format for each image: the question with its choices, and the letter.
+
+    The name of a class is that of its folder, with spaces for underscores and without a number of
+    ImageNet (n02085620-Chihuahua). Raises UserError for fewer than four names.
     """
     files = sorted(path for path in Path(folder).glob("*/*") if path.suffix.lower() in IMAGES)
     names = {path.parent: re.sub(r"^n\d+-", "", path.parent.name) for path in files}
@@ -37,18 +37,24 @@ def questions(folder, text):
     for file in files:
         true = names[file.parent]
         others = sorted(set(names.values()) - {true})
-        choices = [true, *random.Random(file.name).sample(others, 3)]
-        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": true}]
-        image = f"{file.parent.name}/{file.name}"
-        sample = {"image": image, "choices": sorted(choices), "conversations": turns}
-        samples.append(sample)
+        choices = sorted([true, *random.Random(file.name).sample(others, 3)])
+        lines = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices)]
+        turns = [
+            {"from": "human", "value": "\n".join([text, *lines])},
+            {"from": "gpt", "value": "ABCD"[choices.index(true)]},
+        ]
+        samples.append({"image": f"{file.parent.name}/{file.name}", "conversations": turns})
     return samples
 
 
-def main():
-    if len(sys.argv) != 4:
-        raise UserError(f"usage: {sys.argv[0]} FOLDER NEW.json QUESTION")
-    folder, out, text = sys.argv[1:]
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if len(argv) != 3:
+        raise UserError("usage: python -m tools.choices FOLDER NEW.json QUESTION")
+    folder, out, text = argv
     samples = questions(folder, text)
     write_file(Path(out), json.dumps(samples, indent=1))
     print(f"{len(samples):,} images in {out}; ask with --image_folder {folder}")

@@ -1,38 +1,23 @@
-"""Before a run: what it will cost, and whether its data are whole.
+"""What a run will cost on N GPUs: parameters, steps, hours, memory, disk. Runs on any computer.
 
-    python train.py --stage pretrain --dry_run 8      the paper's run on 8 GPUs, on any computer
-    python train.py --stage finetune --fsdp --dry_run 8
-    python train.py --stage pretrain --check_data good.jsonl      all samples and images, once
-    python bench.py step                a training step beside transformers' Llava: time, memory
-    python bench.py words               labels.nearest_words against the bare matrix product
-    python bench.py padding             what padding costs stage 2
-    python bench.py gpu                 all three on a GPU
+    python -m tools.plan 8 --stage pretrain             the paper's run on 8 GPUs
+    python -m tools.plan 8 --stage finetune --fsdp
 
-These three and step are in tests/speed.py.
-
-To plan a run, the model is built on the meta device: config, tokenizer and preprocessor files are
-read, weights are not (but those of an adapter), and nothing is written. Counts are exact. Memory is
-estimated by the formulas below, for bf16 on GPUs unless --dtype float32.
+All flags are train.py's. The model is built on the meta device: config, tokenizer and preprocessor
+files are read, weights are not (but those of an adapter), and nothing is written. Counts are exact.
+Memory is estimated by the formulas below, for bf16 on GPUs unless --dtype float32.
 """
 
-import dataclasses
-import functools
-import json
+import argparse
 import math
+import os
+import sys
 from pathlib import Path
-from runpy import run_path
 
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+import torch
 
-from data import (
-    LlavaDataset,
-    UserError,
-    check_sample,
-    load_samples,
-    parse_json,
-)
-from labels import rank, write_file
+import train
+from data import UserError, cli, load_samples, world_size
 
 # Number of samples in the recipes' files, to plan before the download. The last two are rounded.
 SAMPLES = {
@@ -49,15 +34,40 @@ SPEED = 0.4 * 989e12  # operations a second: a share, assumed, of what an H100 o
 # ----------------------------------------------------------------------------- the plan
 
 
-def plan(cfg, model, dtype):
-    """Print what a run of this config on cfg.dry_run GPUs needs; with --check_data, check its data.
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if not argv or not argv[0].isdigit() or int(argv[0]) == 0:
+        raise UserError("usage: python -m tools.plan GPUS [flags of train.py]")
+    os.environ.update(RANK="0", WORLD_SIZE=argv[0])  # as torchrun would
+    cfg, model, dtype = shapes_of_run(argv[1:])
+    return plan(cfg, model, dtype)
 
-    model, dtype: of train.build_model, on the meta device. Returns the printed figures; those of
-    memory and disk are in bytes.
+
+def shapes_of_run(argv):
+    """The config of a command line of train.py, and its model on the meta device, without weights.
+
+    A stage 2 that names no parts gets those of its preset's stage 1, which need not exist yet.
     """
-    if cfg.check_data:
-        return check_data(cfg, model)
-    ranks = cfg.dry_run
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=train.TrainConfig.preset)
+    for name in ("--stage", "--init", "--llm", "--vision"):
+        parser.add_argument(name)
+    given = parser.parse_known_args(argv)[0]
+    if given.stage == "finetune" and not (given.init or given.llm or given.vision):
+        stage_1 = train.parse_config(["--preset", given.preset])
+        argv = [*argv, "--llm", stage_1.llm, "--vision", stage_1.vision]
+    cfg = train.parse_config(argv)
+    with torch.device("meta"):
+        model, dtype = train.build_model(cfg, torch.device("meta"))
+    return cfg, model, dtype
+
+
+def plan(cfg, model, dtype):
+    """Print and return what a run of this config needs; figures of memory and disk are in bytes."""
+    ranks = world_size()
     is_pretrain = cfg.stage == "pretrain"
     loaded = sum(p.numel() * (p.itemsize if is_pretrain else 4) for p in model.parameters())
     cpu = {"while loading": loaded * min(ranks, 8)}  # a node has up to 8 ranks; each loads all
@@ -132,17 +142,17 @@ def plan_disk(cfg, steps, params, dtype, image_tokens):
     model_bytes = 4 * trained if is_pretrain else 0  # the adapter, in float32
     if cfg.export or not is_pretrain:
         model_bytes += dtype.itemsize * params["all"]["total"]  # the Llava folder
-    checkpoint = 12 * trained + model_bytes  # 12: a weight and two moments in float32
-    saved = steps["steps"] // cfg.save_every if cfg.save_every else 0
+    in_checkpoint = 4 * trained if is_pretrain else model_bytes  # --export is for the end
+    checkpoint = 12 * trained + in_checkpoint  # 12: a weight and two moments in float32
+    saved = math.ceil(steps["steps"] / cfg.save_every) if cfg.save_every else 0
+    at_once = cfg.keep + 1 if cfg.keep else saved  # the oldest goes when the newest is whole
     disk = {
         "a checkpoint": checkpoint,
-        "checkpoints that stay": checkpoint * min(saved, cfg.keep or saved),
+        "checkpoints, at most": checkpoint * min(saved, at_once),
         "model": model_bytes,
     }
     if cfg.sea_weight > 0:
-        label_count = steps["samples"] * image_tokens * LABELS
-        disk["labels"] = 4 * label_count  # ids in uint16, scores in fp16
-        disk["labels of 65,535 words or more"] = 6 * label_count  # ids in int32
+        disk["labels"] = 6 * steps["samples"] * image_tokens * LABELS  # int32 ids, float16 scores
     return disk
 
 
@@ -241,66 +251,5 @@ def kept_bytes(block, width, size):
     return 4 * width * norms + size * numbers
 
 
-# ----------------------------------------------------------------------------- the data
-
-
-def check_data(cfg, model):
-    """Read all samples and images of --data; write those that can be trained on to --check_data.
-
-    UserError if there are others; each has a line in a file of that name and .txt.
-    """
-    if rank() != 0:
-        return
-    out = Path(cfg.check_data)
-    if out.exists() or out.suffix != ".jsonl":
-        raise UserError(f"--check_data {out}: give the name of a new file that ends in .jsonl")
-    content = Path(cfg.data).read_bytes()
-    rows = content.splitlines() if cfg.data.endswith("l") else parse_json(content, cfg.data)
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{cfg.data}: expected a list of samples")
-    dataset = LlavaDataset(
-        [],
-        cfg.image_folder,
-        model.preprocess,
-        model.tokenizer,
-        model.image_tokens,
-        max_length=10**9,
-        text="caption" if cfg.stage == "pretrain" else "chat",
-    )
-    check = functools.partial(check_row, cfg, dataset)
-    numbered = [(i, row) for i, row in enumerate(rows, 1) if row != b""]
-    loader = DataLoader(numbered, batch_size=None, num_workers=cfg.workers, collate_fn=check)
-    good = []
-    bad = []
-    lengths = []
-    for result, length in tqdm(loader, "checking"):
-        lengths.append(length)
-        results = good if length else bad
-        results.append(result)
-
-    write_file(out, "".join(json.dumps(sample) + "\n" for sample in good))
-    cut = sum(length > cfg.max_length for length in lengths)
-    print(
-        f"{len(good):,} good samples in {out}; the longest has {max(lengths):,} "
-        f"positions; --max_length {cfg.max_length} cuts {cut:,}"
-    )
-    if bad:
-        report = Path(f"{out}.txt")
-        write_file(report, "\n".join(bad) + "\n")
-        raise UserError(f"{len(bad):,} bad samples, all in {report}; the first: {bad[0]}")
-
-
-def check_row(cfg, dataset, numbered_row):
-    """-> a sample and its positions, image included, or what is wrong with it and 0."""
-    number, sample = numbered_row
-    try:
-        if isinstance(sample, bytes):  # a line of a .jsonl
-            sample = parse_json(sample, cfg.data, number)
-        check_sample(sample, cfg.stage == "pretrain", f"{cfg.data}, sample {number}")
-        return sample, len(dataclasses.replace(dataset, samples=[sample])[0]["input_ids"])
-    except UserError as e:
-        return str(e), 0
-
-
 if __name__ == "__main__":
-    run_path(str(Path(__file__).with_name("tests") / "speed.py"), run_name="__main__")
+    cli(main)

@@ -1,10 +1,9 @@
 """The zero-download world: drawn images with captions and questions, a tiny CLIP, a tiny LM.
 
-    python toy.py build    # minutes on two CPU cores; train.py --preset toy does it where needed
-    python toy.py report   # baseline against SEA over three seeds: the README's figures
-    python toy.py ablate   # and parts of SEA changed one at a time: the README's table
+    python -m tools.toy     builds it, trains an adapter without and with SEA, and compares them
 
-The toy is ordinary files, so that it goes through exactly the code of the full scale:
+Whatever is there already is not made again. The toy is ordinary files in toy/, so that it goes
+through exactly the code of the full scale:
 
     images/                         scenes of one to three objects, 64x64 pixels
     train.json, val.json            captions of them, in LLaVA's format
@@ -14,7 +13,7 @@ The toy is ordinary files, so that it goes through exactly the code of the full 
     words.txt, truth.json           the word list; the words that are true of each patch
     clip/, vision/                  CLIP for open_clip; its vision tower for transformers
     llm/                            a Llama with its tokenizer
-    labels/                         CLIP's labels of train.json's images; ablate adds labels_n10/
+    labels/                         CLIP's labels of train.json's images
 
 CLIP is trained on whole images and text, never on the truth of a patch; the LM on text only.
 """
@@ -22,14 +21,10 @@ CLIP is trained on whole images and text, never on the truth of a patch; the LM 
 import json
 import os
 import random
-import shlex
 import shutil
 import threading
-import traceback
 from collections import defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
-from importlib import import_module
 from math import cos, pi
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -51,10 +46,47 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import train
 from data import UserError, cli, image_processor, load_samples, run_command
-from eval import eval_words, find_run, token_groups
-from figures import draw_curves, draw_tsne, history
+from eval import eval_tacs
 from labels import LabelStore, extract
+from tools.look import look_at_words
+
+# ---------------------------------------------------------------------------------- demonstration
+
+
+def demonstrate():
+    """Build the toy, train an adapter on captions alone and another with SEA, compare the two."""
+    print(
+        "SEA on a laptop: the same adapter, trained on captions alone and with SEA. Four steps.\n"
+    )
+    print("1 of 4: draw a world, train its CLIP and its language model, label its patches.")
+    ensure()
+    print("\n2 of 4: train the adapter on captions alone.")
+    train_once("out/toy_baseline", "--sea_weight", "0")
+    print("\n3 of 4: train it with SEA.")
+    train_once("out/toy")
+    print("\n4 of 4: which word of the language model is nearest to each visual token?")
+    runs = {"captions only": "out/toy_baseline", "SEA": "out/toy"}
+    found = look_at_words(runs["SEA"], runs["captions only"], truth="toy/truth.json")
+    print(f"\n{'on held-out images':32}" + "".join(f"{kind:>15}" for kind in runs))
+    for part in ("object", "background"):
+        shares = "".join(f"{found[path]['true'][part]:15.0%}" for path in runs.values())
+        print(f"{'true words, ' + part + 's':32}{shares}")
+    scores = [eval_tacs(path, samples=250)["tacs"] for path in runs.values()]
+    print(f"{'TACS (at most 1)':32}" + "".join(f"{score:15.2f}" for score in scores))
+    print(
+        "\nOpen words.html in a browser to see the words. Then teach it to answer, and ask:\n"
+        "  python train.py --stage finetune --preset toy --init out/toy\n"
+        "  python eval.py chat --model out/toy_finetune --image toy/images/val/000000.png"
+    )
+
+
+def train_once(out_dir, *flags):
+    """Train stage 1 of the toy, unless its model is there."""
+    if not Path(out_dir, "model").exists():
+        train.main(["--preset", "toy", *flags, "--out_dir", out_dir, "--resume"])
+
 
 # -------------------------------------------------------------------------------------------- build
 
@@ -99,7 +131,6 @@ def start_worker():
 def ensure():
     """Build what is missing of toy/, its labels included."""
     if not Path("toy").exists():
-        print("building the toy world in toy/, once; some minutes on two cores")
         build()
     label("labels", n=1)  # the best word only: CLIP's second is nearly always wrong
 
@@ -490,30 +521,13 @@ def export_vision(weights, folder):
 
 # LLaVA's "USER: question ASSISTANT: answer</s>", without a system prompt
 CHAT = """
-{%- macro text(content) -%}
-  {%- if content is string -%}
-    {{ content }}
-  {%- else -%}
-    {%- for part in content -%}
-      {{ '<image>\n' if part.type == 'image' else part.text }}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-
 {%- for message in messages -%}
   {%- if message.role == 'assistant' -%}
-    {{ 'ASSISTANT:' }}
-    {%- generation -%}
-      {{ ' ' + text(message.content) + '</s>' }}
-    {%- endgeneration -%}
+    {{ 'ASSISTANT: ' + message.content + '</s>' }}
   {%- else -%}
-    {{ ('USER: ' if message.role == 'user' else '') + text(message.content) + ' ' }}
+    {{ ('USER: ' if message.role == 'user' else '') + message.content + ' ' }}
   {%- endif -%}
-{%- endfor -%}
-
-{%- if add_generation_prompt -%}
-  {{ 'ASSISTANT:' }}
-{%- endif -%}"""
+{%- endfor -%}"""
 
 
 def make_tokenizer(corpus):
@@ -615,163 +629,8 @@ def train_lm(folder, seed, steps):
     tokenizer.save_pretrained(folder / "llm")
 
 
-# ------------------------------------------------------------------------------------------- report
-
-# The commands of a run: its training, and what is measured of it.
-SCRIPT = """\
-train --preset toy --seed {seed} --out_dir '{run}/pretrain' {flags} --val_every {val_every}
-eval tacs --model '{run}/pretrain' --samples 250
-eval gap --model '{run}/pretrain' --samples 250
-eval words --model '{run}/pretrain' --samples 250 --truth toy/truth.json --out '{run}/words.html'
-train --preset toy --stage finetune --seed {seed} --keep 0 --val_every {val_every} \
-    --init '{run}/pretrain' --out_dir '{run}/finetune'
-eval pope --model '{run}/finetune' --data toy/pope {common}
-eval vqa --model '{run}/finetune' --data toy/val_qa.json {common}
-eval vqa --model '{run}/finetune' --data toy/val_text.json {common}
-"""
-CURVES = """\
-eval pope --model '{run}/pretrain/checkpoints' --data toy/pope {common}
-eval vqa --model '{run}/finetune/checkpoints' --data toy/val_text.json {common}
-"""
-COMMON = "--image_folder toy/images --workers 0 --prompt ''"
-ALIGNMENT = {  # after stage 1
-    "tacs": "TACS",
-    "D_of_unit_vectors": "D, unit vectors",
-    "true object": "true words, objects",
-    "true background": "background",
-    "caption_loss": "caption loss",
-}
-ANSWERS = {  # after stage 2
-    "pope f1": "POPE F1",
-    "pope accuracy": "POPE accuracy",
-    "val_qa yes/no": "yes/no questions",
-    "val_qa open": "open questions",
-    "val_text all": "text only",
-}
-# Flags of stage 1.
-MAIN_VARIANTS = {"baseline": "--sea_weight 0", "SEA": ""}
-TEN_LABELS = "--labels toy/labels_n10"
-ABLATIONS = MAIN_VARIANTS | {
-    "weight_0.1": "--sea_weight 0.1",
-    "weight_10": "--sea_weight 10",
-    "no_windows": "--window 1",
-    "repeated_labels": "--no-one_per_label",
-    "fixed_tau": "--no-learn_tau",
-    "tau_0.07": "--tau 0.07",
-    "patches_find_words": "--to_words 1",
-    "words_find_patches": "--to_words 0",
-    "labels_10": TEN_LABELS,
-    "labels_10_uniform": f"{TEN_LABELS} --sampling uniform",
-    "labels_3": f"{TEN_LABELS} --max_labels 3",
-}
-SEEDS = 3
-OUT = Path("out/report")
-
-
-def report(seeds: int = SEEDS, out: Path = OUT):
-    """Baseline against SEA: their tables, and the figures of the README.
-
-    A finished run has a file `done` in its folder; neither report nor ablate repeats it. Remove
-    `out` after a change of the toy or the code.
-    """
-    import matplotlib  # noqa: F401
-    import sklearn  # noqa: F401  fails here rather than after the training
-
-    ensure()
-    pretrained, finetuned = run_variants(MAIN_VARIANTS, seeds, out)
-    figures = out / "figures"
-    figures.mkdir(exist_ok=True)
-    learning = {"val_tacs": "TACS", "pope f1": "POPE, F1"}
-    draw_curves(pretrained, learning, figures / "pretraining.png")
-    language = {"val_text all": "language: text-only questions"}
-    draw_curves(finetuned, language, figures / "language.png")
-    folders = {variant: f"{out}/{variant}_0/pretrain" for variant in MAIN_VARIANTS}
-    groups = {variant: token_groups(find_run(run)) for variant, run in folders.items()}
-    draw_tsne(groups, figures / "tsne.png")
-    eval_words(folders["SEA"], folders["baseline"], out=f"{figures}/words.html")
-
-
-def ablate(seeds: int = SEEDS, out: Path = OUT):
-    """Parts of SEA changed one at a time: the README's table of what matters on the toy.
-
-    Labels are CLIP's best word of each patch; labels_10 are its ten best words, of which most are
-    wrong. labels_10_uniform and labels_3, the three best of these ten, are to be compared with it.
-    """
-    ensure()
-    label("labels_n10", n=10)
-    run_variants(ABLATIONS, seeds, out)
-
-
-def run_variants(variants, seeds, out):
-    """Train and measure all variants, two at a time, and print their tables.
-
-    variants: {name: flags of stage 1}. -> {name: [history of each seed]} of stage 1 and of stage 2.
-    """
-    scripts = {}
-    for seed in range(seeds):
-        for variant, flags in variants.items():
-            run = out / f"{variant}_{seed}"
-            script = SCRIPT
-            val_every = 180
-            if variant in MAIN_VARIANTS:  # of these, curves are drawn
-                script += CURVES
-                val_every = 30
-            scripts[run] = script.format(
-                seed=seed, run=run, flags=flags, val_every=val_every, common=COMMON
-            )
-    with two_workers() as pool:
-        finished = pool.map(run_script, scripts, scripts.values())
-        list(tqdm(finished, desc="runs", total=len(scripts)))
-
-    stages = []
-    for stage, measures in (("pretrain", ALIGNMENT), ("finetune", ANSWERS)):
-        runs = {}
-        for variant in variants:
-            runs[variant] = [history(out / f"{variant}_{seed}/{stage}") for seed in range(seeds)]
-        print_table(stage, runs, measures)
-        stages.append(runs)
-    return stages
-
-
-def run_script(run, script):
-    """Run the commands of a script in this process and log what they print, unless `run` is done.
-
-    Raises UserError with the end of the log where a command fails.
-    """
-    if (run / "done").exists():
-        return
-    shutil.rmtree(run, ignore_errors=True)  # what an interrupted report left
-    run.mkdir(parents=True)
-    log = run / "log.txt"
-    with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        for command in script.splitlines():
-            program, *argv = shlex.split(command)
-            try:
-                import_module(program).main(argv)
-            except (Exception, SystemExit) as error:
-                traceback.print_exc()
-                end = log.read_text()[-800:]
-                raise UserError(f"{command}\nfailed; the end of {log}:\n{end}") from error
-    (run / "done").touch()
-
-
-def print_table(title, runs, measures):
-    """Print the last value of each measure as Markdown: mean ± half the range over the seeds.
-
-    runs: {variant: [history of each seed]}, measures: {name: title}.
-    """
-    print(f"\n| {title} | {' | '.join(measures.values())} |\n|---|{'---|' * len(measures)}")
-    for variant, histories in runs.items():
-        row = f"| {variant} |"
-        for measure in measures:
-            curves = [seed_history[measure] for seed_history in histories]  # {step: value} each
-            values = [curve[max(curve)] for curve in curves]
-            row += f" {np.mean(values):.3f} ± {np.ptp(values) / 2:.3f} |"
-        print(row)
-
-
 def main(argv=None):
-    run_command(__doc__, {"build": build, "report": report, "ablate": ablate}, argv)
+    run_command(__doc__, demonstrate, argv)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Speed and memory as ratios, each against a peer or a limit in the same run.
 
-    python bench.py step                a step of stage 1 against transformers' own Llava: its time
-                                        and memory; 4 x (576 + 40) positions, on two CPU cores
-    python bench.py step --llm vicuna-7b --batch_size 16 --grad_checkpoint          on a GPU
-    python bench.py words               labels.nearest_words against the bare matrix product
-    python bench.py padding             what padding costs stage 2, by the order of the samples
-    python bench.py gpu                 all of it on one GPU of 80 GB
-    python bench.py gpu --tiny          the same in miniature, to see that it runs
+    python -m tools.speed step      a step of stage 1 against transformers' own Llava: its time and
+                                    memory; 4 x (576 + 40) positions, on two CPU cores
+    python -m tools.speed step --llm vicuna-7b --batch_size 16 --grad_checkpoint          on a GPU
+    python -m tools.speed words     labels.nearest_words against the bare matrix product
+    python -m tools.speed padding   what padding costs stage 2, by the order of the samples
+    python -m tools.speed gpu       words, and step with Gemma-2B and Vicuna-7B, on one GPU of 80 GB
+    python -m tools.speed gpu --tiny                      the same in miniature, to see that it runs
 
 The models have the true shapes and random weights; nothing is downloaded. A step is train.py's own:
 forward, backward, AdamW, and what is logged.
 """
 
-import functools
 import io
 import json
 import resource
@@ -25,8 +24,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,10 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 import train
-from data import IGNORE, cli, collate, geometry, grouped_order, run_command
-from labels import nearest_words, rank_device
+from data import IGNORE, cli, collate, geometry, grouped_order, rank_device, run_command
+from labels import nearest_words
 from model import SEAModel, assemble
-from toy import make_tokenizer
+from tools.toy import make_tokenizer
 
 SHAPES = {
     "tiny": dict(
@@ -103,13 +100,10 @@ def random_run(llm, tower_layers, cfg):
         model.thaw_llm(False, dtype)
     model.log_scale.requires_grad_(cfg.sea_weight > 0)
     model.word_token_ids = [[i % 900, (7 * i + 3) % 900] for i in range(WORDS)]
-    if cfg.grad_checkpoint:
-        checkpoint = functools.partial(train.checkpoint, use_reentrant=False)
-        for block in sum(map(list, model.blocks()), []):
-            block.forward = functools.partial(checkpoint, block.forward)
+    train.wrap_blocks(cfg, model)
     parallel_model = train.parallelize(cfg, model, dtype)
-    optimizer, schedule = train.build_optimizer(cfg, model, 1000, 100)
-    return train.Run(cfg, device, dtype, model, parallel_model, optimizer, schedule)
+    optimizer = train.build_optimizer(cfg, model)
+    return train.Run(cfg, device, dtype, model, parallel_model, optimizer, 1000)
 
 
 def random_item(model, i, text_length, is_trained=1.0):
@@ -135,7 +129,7 @@ def random_item(model, i, text_length, is_trained=1.0):
 def make_steps(llm, tower_layers, stage, batch_size, text, grad_checkpoint, compile):
     """-> the run, and {name: a function that does a step and returns its loss_g}."""
     # with a rate of next to nothing all see the same weights and have the same loss
-    flags = f"--stage {stage} --batch_size {batch_size} --dry_run 1 --lr 1e-15"
+    flags = f"--stage {stage} --batch_size {batch_size} --llm x --lr 1e-15"
     flags += "" if grad_checkpoint else " --no-grad_checkpoint"
     run = random_run(llm, tower_layers, train.parse_config(flags.split() + ["--compile"] * compile))
     model = run.model
@@ -152,7 +146,8 @@ def make_steps(llm, tower_layers, stage, batch_size, text, grad_checkpoint, comp
     inputs = {name: x.to(run.device) for name, x in inputs.items()}
 
     def llava():
-        with run.autocast():
+        is_bfloat16 = run.dtype == torch.bfloat16
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=is_bfloat16):
             loss = model.llava(**inputs).loss
         loss.backward()
         run.optimizer.step()
@@ -333,8 +328,8 @@ def time_padding(samples: int = 200_000, batch_size: int = 16, ranks: int = 8):
 
 
 def gpu(out: str = "gpu.json", tiny: bool = False):
-    """The search, and both stages of Gemma-2B and Vicuna-7B where they fit; writes a JSON file."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(Path(__file__).parent)]
+    """The tests marked gpu, the search, steps of Gemma-2B and Vicuna-7B; writes a JSON file."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
     results = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     results["tests"] = subprocess.run(tests).returncode
     for words in (400, 4000) if tiny else (40_000, 4_000_000):
