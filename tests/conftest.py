@@ -122,7 +122,7 @@ def world(tmp_path_factory):
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.3,
         bos_token_id=0,
@@ -210,6 +210,16 @@ def finetune_flags(world, flags, tmp_path_factory):
     return f"--stage finetune --init {one} {samples} {val} {short} {rates}".split()
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A toy that was trained for a moment: all its files, nothing learnt."""
+    from tools import toy
+
+    folder = tmp_path_factory.mktemp("small") / "toy"
+    toy.build(folder, images=40, clip_steps=2, lm_steps=2)
+    return folder
+
+
 @pytest.fixture
 def samples(world):
     return data.load_samples(world / "train.json")
@@ -251,31 +261,156 @@ def llama3_tokenizer():
     )
 
 
+# Chat templates in the shape of the published ones: what they write is theirs, how is not.
+HEADS = "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
+HEADS += "'<|end_header_id|>\n\n' + m.content + '<|eot_id|>' }}{% endfor %}"
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+CHATML += "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+# of Zephyr and OLMo 2, where these are no tokens
+BARS = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+TEMPLATES = {
+    "llama-3": HEADS,
+    # without a system turn too, there is a system head with the day's date
+    "llama-3.1": r"""
+{%- if messages[0].role == "system" -%}
+{%- set system = messages[0].content -%}{%- set messages = messages[1:] -%}
+{%- else -%}{%- set system = "" -%}
+{%- endif -%}
+{{- bos_token + "<|start_header_id|>system<|end_header_id|>\n\nToday Date: " -}}
+{{- (strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024") + "\n\n" -}}
+{{- system + "<|eot_id|>" -}}"""
+    + HEADS.replace("{{ bos_token }}", ""),
+    "hermes": "{{ bos_token }}" + CHATML,
+    "phi-3": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+    "phi-4": CHATML.replace("\n", "<|im_sep|>", 1).replace("<|im_end|>\n", "<|im_end|>"),
+    "gemma": r"""
+{{- bos_token -}}
+{%- if messages[0].role == "system" -%}{{ raise_exception("no system turns") }}{%- endif -%}
+{%- for m in messages -%}
+{{ "<start_of_turn>" + ("model" if m.role == "assistant" else m.role) + "\n" -}}
+{{ m.content | trim + "<end_of_turn>\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<start_of_turn>model\n" }}{%- endif -%}""",
+    "zephyr-gemma": "{{ bos_token }}" + CHATML,
+    "chatml": (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe Qwen.<|im_end|>\n' }}"
+        "{% endif %}" + CHATML
+    ),
+    # thoughts, empty if need be, stand before the last answer only
+    "qwen3": CHATML.replace(
+        "m.content",
+        "('<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last else '') + m.content",
+    ),
+    "mistral-v1": r"""
+{{- bos_token -}}
+{%- for m in messages -%}
+{%- if m.role == "system" -%}{{ raise_exception("only user and assistant turns") }}{%- endif -%}
+{{ "[INST] " + m.content + " [/INST]" if m.role == "user" else " " + m.content + eos_token }}
+{%- endfor -%}""",
+    # a system turn stands in the last question
+    "mistral-v3": r"""
+{{- bos_token -}}
+{%- set start = "" -%}
+{%- if messages[0].role == "system" -%}
+{%- set start = messages[0].content + "\n\n" -%}{%- set messages = messages[1:] -%}
+{%- endif -%}
+{%- set last = messages | selectattr("role", "equalto", "user") | list | last -%}
+{%- for m in messages -%}
+{%- if m.role == "assistant" -%}{{ " " + m.content + eos_token }}
+{%- else -%}{{ "[INST] " + (start if m == last else "") + m.content + "[/INST]" }}
+{%- endif -%}
+{%- endfor -%}""",
+    "zephyr": BARS + "{{ eos_token + '\n' }}{% endfor %}",
+    "olmo-2": (
+        "{{ bos_token }}" + BARS + "{{ eos_token if m.role == 'assistant' else '' }}"
+        "{{ '' if loop.last else '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
+    ),
+    # a prompt asks for thoughts that no chat holds
+    "deepseek": r"""
+{{- bos_token -}}
+{%- for m in messages -%}
+{%- if m.role == "system" -%}{{ m.content }}
+{%- elif m.role == "user" -%}{{ "<｜User｜>" + m.content }}
+{%- else -%}{{ "<｜Assistant｜>" + m.content + eos_token }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<｜Assistant｜><think>\n" }}{%- endif -%}""",
+    # the next question ends an answer
+    "glm": (
+        "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    ),
+    "cohere": r"""
+{{- bos_token -}}
+{%- set names = {"system": "SYSTEM", "user": "USER", "assistant": "CHATBOT"} -%}
+{%- for m in messages -%}
+{{ "<|START_OF_TURN_TOKEN|><|" + names[m.role] + "_TOKEN|>" + m.content -}}
+{{ "<|END_OF_TURN_TOKEN|>" }}
+{%- endfor -%}""",
+    # takes lists only; no token ends an answer
+    "llava-1.5": r"""
+{%- for m in messages -%}
+{{ "" if m.role == "system" else m.role | upper + ": " }}
+{%- for part in m.content -%}{{ "<image>\n" if part.type == "image" }}{%- endfor -%}
+{%- for part in m.content | selectattr("type", "equalto", "text") -%}
+{%- if m.role == "assistant" -%}{% generation %}{{ part.text + " " }}{% endgeneration %}
+{%- else -%}{{ part.text + " " }}
+{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "ASSISTANT:" }}{%- endif -%}""",
+}
+# Turn markers that are tokens, by format. The formats of these names and "olmo-2" have small BPEs.
+MARKERS = {
+    "llama-3.1": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "hermes": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    + ["<|im_start|>", "<|im_end|>"],
+    "gemma": ["<start_of_turn>", "<end_of_turn>"],
+    "zephyr-gemma": ["<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"],
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "qwen3": ["<|im_start|>", "<|im_end|>"],
+    "phi-4": ["<|im_start|>", "<|im_sep|>", "<|im_end|>"],
+    "deepseek": ["<｜User｜>", "<｜Assistant｜>"],
+    "glm": ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"],
+    "cohere": ["<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>"]
+    + ["<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"],
+}
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folders(tmp_path_factory):
-    """{chat format: folder of a tokenizer}, real ones but for Gemma's and ChatML's.
+    """{chat format: folder of a tokenizer with a chat template, but for Vicuna's}.
 
-    Those two are small byte-level BPEs with these families' turn markers (Gemma's real tokenizer
-    is in test_real.py).
+    Real ones for the LLMs that have Llama's, Llama 3's or Mistral's, small byte-level BPEs with the
+    families' turn markers for the others (Gemma's real tokenizer is in test_real.py).
     """
     root = tmp_path_factory.mktemp("tokenizers")
-    found = {
-        "vicuna": sentencepiece_tokenizer(root / "sp", bos=True),
-        "llama-3": llama3_tokenizer(),
-    }
+    found = {}
+    for name in ("vicuna", "llava-1.5", "mistral-v1", "mistral-v3", "zephyr"):
+        found[name] = sentencepiece_tokenizer(root / "sp", bos=True)
+    found["mistral-v3"].add_tokens(["[INST]", "[/INST]"], special_tokens=True)
     found["phi-3"] = sentencepiece_tokenizer(root / "sp", bos=False)
     found["phi-3"].add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
     markers = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
     found["phi-3"].add_tokens(
         [AddedToken(t, special=True, rstrip=True, normalized=False) for t in markers]
     )
-    small = {
-        "gemma": ["<start_of_turn>", "<end_of_turn>"],
-        "chatml": ["<|im_start|>", "<|im_end|>"],
-    }
-    for name, markers in small.items():
+
+    found["llama-3"] = llama3_tokenizer()
+    for name, markers in MARKERS.items():
         found[name] = tiny_tokenizer(["what is on the table? a red cup."])
-        found[name].add_tokens([AddedToken(t, special=True, normalized=False) for t in markers])
+        is_special = name != "deepseek"
+        found[name].add_tokens(
+            [AddedToken(t, special=is_special, normalized=False) for t in markers]
+        )
+    found["olmo-2"] = tiny_tokenizer(["what is on the table? a red cup."])
+    found["olmo-2"].add_special_tokens({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
+    found["olmo-2"]._tokenizer.post_processor = processors.ByteLevel()
     for name, tokenizer in found.items():
+        tokenizer.chat_template = TEMPLATES.get(name)
         tokenizer.save_pretrained(root / name)
     return {name: root / name for name in found}

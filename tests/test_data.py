@@ -1,6 +1,11 @@
+import io
 import json
 import os
 import random
+import re
+import struct
+import zlib
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -9,10 +14,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import data
-import labels
 from data import (
     IGNORE,
-    LlavaDataset,
     UserError,
     collate,
     encode_conversation,
@@ -92,6 +95,98 @@ def test_texts_that_no_tokenizer_or_file_system_takes_are_refused(tmp_path, text
         load_samples(tmp_path / "a.json")
 
 
+def text_sample(question="Q", **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "A"}]
+    return {"id": "8", "conversations": turns} | more
+
+
+@pytest.mark.parametrize(
+    "bad, sign",
+    [
+        (text_sample("<image>\nQ", images=["a.jpg"]), "'images': \"['a.jpg']\""),
+        (text_sample("Q", video="v.mp4", data_source="x"), "'video': 'v.mp4'"),
+        (text_sample("Q", videos=["v"], image=""), "'videos'"),
+        (text_sample("Q", image_path="a", image=None), "'image_path'"),
+        (text_sample("Q", Img=7), "'Img'"),
+        (text_sample("Q", picture={"bytes": "x"}), "'picture'"),
+        (text_sample("Q", has_image=True), "'has_image'"),
+        (text_sample("Q", file="train/0001.JPEG"), "'file': 'train/0001.JPEG'"),
+        (text_sample("Q", media=["v.webm"]), "'media'"),
+        (text_sample("<video>\nWhat happens?"), "'<video>'"),
+        (text_sample("What happens?\n<video> "), "'<video>'"),
+        (text_sample("Picture 1: <img>a/b.jpg</img>\nQ"), "'<img>a/b.jpg</img>'"),
+    ],
+)
+@pytest.mark.parametrize("captions", [False, True])
+def test_a_picture_or_a_video_elsewhere_than_in_image_is_refused(tmp_path, bad, sign, captions):
+    """It would be left out, and the rest trained as a text, without a word."""
+    rows = [sample(), bad]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name, place in (("a.json", "sample 2"), ("a.jsonl", "line 2")):
+        expected = rf'{name}, {place}: has no "image", but .*{re.escape(sign)}.* as "image"'
+        with pytest.raises(UserError, match=expected):
+            load_samples(tmp_path / name, captions=captions)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        text_sample(model="", source="sharegpt"),  # LLaVA's keys, Cambrian's, others' empty ones
+        text_sample(image="None", source="code_feedback.json", text="see a.jpg"),
+        text_sample(image=float("nan"), images=[], video=None, num_images=0, image_path="nan"),
+        text_sample("How do I use <video> and <img> in HTML? <img src='a.png'>"),
+        text_sample("<video controls></video> shows nothing"),
+        text_sample("Say <image>!", id="000000123.jpg"),
+    ],
+)
+def test_texts_are_not_taken_for_pictures(tmp_path, text):
+    (tmp_path / "a.json").write_text(json.dumps([text, sample()]))
+    samples = load_samples(tmp_path / "a.json", captions=False)
+    assert [data.image_of(s) for s in samples] == [None, "0.png"]
+    assert np.sign(data.sample_lengths(samples)).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("captions.txt", b"image,caption\n1000268201.jpg,A child in a pink dress .\n"),
+        ("captions.csv", b"image,caption\na.jpg,A child\n"),
+        ("train.parquet", b"PAR1\x15\x04\xff\xfe"),
+        ("captions.json", b'{"info": {}, "images": [{"id": 1}], "annotations": []}'),
+    ],
+)
+def test_other_formats_are_told_what_llavas_is(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: not LLaVA's format, ") as error:
+        load_samples(tmp_path / name)
+    shown = str(error.value)
+    turns = json.loads(shown[shown.index("{") :])["conversations"]
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] and "\n" not in shown
+
+
+@pytest.mark.parametrize("levels", [30, 300, 900, 980, 1000, 5000])
+def test_what_is_nested_too_deep_is_refused(tmp_path, levels):
+    """Some hundreds of levels are read, and then no process can hand them to another."""
+    deep = json.dumps(sample())[:-1] + ', "extra": ' + "[" * levels + "]" * levels + "}"
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(sample(extra=[[{'a': []}]]))}\n{deep}\n")
+    (tmp_path / "a.json").write_text(f"[{json.dumps(sample())}, {deep}]")
+    expected = "(sample 2|line 2): its lists .* too deep|not valid JSON .maximum recursion"
+    for name in ("a.json", "a.jsonl"):
+        if levels <= 300:
+            ForkingPickler.dumps(load_samples(tmp_path / name)[1])  # as DataLoader does
+            continue
+        with pytest.raises(UserError, match=f"{name}, .*({expected})"):
+            load_samples(tmp_path / name)
+
+
+def test_a_name_that_no_file_can_have_is_of_no_file(tmp_path):
+    with pytest.raises(UserError, match="cannot read the image .no such file"):
+        data.read_image(tmp_path / ("n" * 300 + ".png"))
+    with pytest.raises(UserError, match="no such data file"):
+        load_samples(tmp_path / ("n" * 300 + ".json"))
+
+
 # images
 
 
@@ -159,7 +254,134 @@ def test_images_are_turned_upright_as_their_exif_says(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # a camera held upright
     image.save(tmp_path / "a.jpg", exif=exif)
-    assert data.read_image(tmp_path / "a.jpg")[0].size == (4, 8)
+    assert data.read_image(tmp_path / "a.jpg").size == (4, 8)
+
+
+def with_chunk(png, name, body, at=33):
+    """A PNG with one more chunk, by default after the header's."""
+    crc = struct.pack(">I", zlib.crc32(name + body))
+    return png[:at] + struct.pack(">I", len(body)) + name + body + crc + png[at:]
+
+
+def exif(*entries):
+    """EXIF with tags (number, type, count, four bytes), big-endian."""
+    tags = b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + tags + bytes(4)
+
+
+TURNED = (0x112, 3, 1, b"\0\6\0\0")  # orientation 6
+RAW = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n   4\nno hexadecimal\n")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "name, add, turns",
+    [
+        ("a.png", lambda png: with_chunk(png, b"eXIf", b"garbage"), 0),
+        ("a.png", lambda png: with_chunk(png, b"eXIf", b"garbage", -12), 0),  # after the pixels
+        ("a.png", lambda png: with_chunk(png, b"eXIf", b"MM\0*\0\0\0\x08\0\5"), 0),
+        ("a.png", lambda png: with_chunk(png, b"zTXt", RAW), 0),
+        ("a.png", lambda png: with_chunk(png, b"eXIf", exif(TURNED)[6:]), 1),
+        ("a.png", lambda png: with_chunk(png, b"eXIf", exif(TURNED)[6:], -12), 1),
+        # a resolution that is a text, and one that is missing
+        ("a.jpg", exif(TURNED, (0x11A, 2, 4, b"abc\0")), 1),
+        ("a.jpg", exif(TURNED, (0x11A, 5, 1, b"\xff\xff\xff\0")), 1),
+        ("a.jpg", exif((0x112, 2, 2, b"6\0\0\0")), 0),  # an orientation that is a text
+        ("a.jpg", b"Exif\0\0garbage", 0),
+    ],
+)
+def test_pixels_are_read_whatever_the_exif_is(tmp_path, name, add, turns):
+    """Turned if the orientation at least can be read; a quarter turn clockwise."""
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:8, :16] = 200  # the left upper corner
+    file = io.BytesIO()
+    if callable(add):
+        Image.fromarray(pixels).save(file, "PNG")
+        content = add(file.getvalue())
+    else:
+        Image.fromarray(pixels).save(file, "JPEG", exif=add, quality=100)
+        content = file.getvalue()
+    (tmp_path / name).write_bytes(content)
+    image = data.read_image(tmp_path / name)
+    expected = np.rot90(pixels, -turns).astype(int)
+    assert image.size == expected.shape[1::-1]
+    assert abs(np.asarray(image) - expected).max() < 5
+
+
+# Of EXIF's definition: the side of the picture that row 0 is, and column 0
+SIDES = "top left, top right, bottom right, bottom left, left top, right top, right bottom, "
+SIDES += "left bottom"
+
+
+@pytest.mark.parametrize("number, sides", list(enumerate(SIDES.split(", "), 1)))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_every_orientation_is_turned_upright(tmp_path, kind, number, sides):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:8, :16] = 200
+    pixels[8:, :16] = 100
+    row, column = sides.split()
+    stored = pixels if row in ("top", "bottom") else pixels.transpose(1, 0, 2)
+    stored = stored[::-1] if row in ("bottom", "right") else stored
+    stored = stored[:, ::-1] if column in ("bottom", "right") else stored
+    tags = Image.Exif()
+    tags[0x112] = number
+    camera = Image.fromarray(np.ascontiguousarray(stored))
+    camera.save(tmp_path / "a", kind, exif=tags, quality=100)
+    image = np.asarray(data.read_image(tmp_path / "a")).astype(int)
+    assert image.shape == pixels.shape and abs(image - pixels).max() < 5
+
+
+def test_formats_that_are_not_read_are_told_those_that_are(tmp_path):
+    (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html></html>")
+    (tmp_path / "heic.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    (tmp_path / "avif.jpg").write_bytes(b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(99))
+    for name in ("page.jpg", "heic.jpg", "avif.jpg"):
+        with pytest.raises(UserError, match=f"{name}: .*none of JPEG, PNG, WEBP, GIF, BMP, TIFF"):
+            data.read_image(tmp_path / name)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-900])
+    with pytest.raises(UserError, match="cut.jpg: .*truncated"):
+        data.read_image(tmp_path / "cut.jpg")
+
+
+def transparent_images():
+    """{name: (image, how it is saved)}: pixel 0 is opaque and dark, pixel 1 black on nothing."""
+    grey = np.array([[[40, 255], [0, 0]]], np.uint8)
+    colours = np.array([[[40, 40, 40, 255], [0, 0, 0, 0]]], np.uint8)
+    palette = Image.new("P", (2, 1))
+    palette.putdata([0, 1])
+    palette.putpalette([40, 40, 40, 0, 0, 0])
+    opaque = Image.fromarray(colours[..., :3])
+    return {
+        "RGBA": (Image.fromarray(colours), dict(format="PNG")),
+        "LA": (Image.fromarray(grey, "LA"), dict(format="PNG")),
+        "P": (palette, dict(format="PNG", transparency=1)),
+        "P with alpha": (palette, dict(format="PNG", transparency=b"\xff\0")),
+        "RGB with tRNS": (opaque, dict(format="PNG", transparency=(0, 0, 0))),
+        "L with tRNS": (opaque.convert("L"), dict(format="PNG", transparency=0)),
+        "WebP": (Image.fromarray(colours), dict(format="WEBP", lossless=True)),
+        "GIF": (palette, dict(format="GIF", transparency=1)),
+        "TIFF": (Image.fromarray(colours), dict(format="TIFF")),
+    }
+
+
+@pytest.mark.parametrize("name", transparent_images())
+def test_what_is_transparent_is_white_as_in_browsers(tmp_path, name):
+    image, options = transparent_images()[name]
+    image.save(tmp_path / "a", **options)
+    read = data.read_image(tmp_path / "a")
+    assert read.mode == "RGB"
+    assert np.asarray(read).tolist() == [[[40, 40, 40], [255, 255, 255]]]
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (9, 7, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    read = np.asarray(data.read_image(tmp_path / "a.png"))
+    alpha = pixels[..., 3:] / 255
+    assert abs(read - (alpha * pixels[..., :3] + (1 - alpha) * 255)).max() <= 1
 
 
 # text
@@ -209,7 +431,7 @@ def test_stage_1_refuses_what_is_no_caption(tmp_path, turns, message):
 
 def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
     words = ["red", "unheard-of", "wall", "x"]
-    rows = labels.word_tokens(words, tokenizer)
+    rows = data.word_tokens(words, tokenizer)
     assert [tokenizer.decode(ids) for ids in rows] == [f" {word}" for word in words]
 
     class WithoutTheEmptyWord:
@@ -219,10 +441,10 @@ def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
             return {"input_ids": [1] if text == "a" else [[1, 5], [1]]}
 
     with pytest.raises(UserError, match="''"):
-        labels.word_tokens(["red", ""], WithoutTheEmptyWord())
+        data.word_tokens(["red", ""], WithoutTheEmptyWord())
     for word in ("</s>", "red</s>", "<image>"):
         with pytest.raises(UserError, match=f"no text tokens for the word '{word}'"):
-            labels.word_tokens(["red", word], tokenizer)
+            data.word_tokens(["red", word], tokenizer)
 
 
 # batches
@@ -268,19 +490,6 @@ def test_micro_batches_of_ranks_accumulation_and_resuming_are_the_same_samples()
         assert whole == [i for b in one for i in b]
         resumed = list(micro_batches(n, batch, 2 * accum, steps, seed=3, first_step=2))
         assert resumed == one[2 * 2 * accum :]
-
-
-def test_labels_of_other_pixels_are_refused(world, labels, tokenizer, samples, tmp_path):
-    from labels import LabelStore
-
-    geo = data.vision_preprocess(str(world / "vision"))
-    for s in samples:
-        (tmp_path / s["image"]).write_bytes((world / "images" / s["image"]).read_bytes())
-    dataset = LlavaDataset(samples, tmp_path, geo, tokenizer, 25, label_store=LabelStore(labels))
-    assert dataset[3]["label_ids"].shape == (25, 3)
-    Image.new("RGB", (40, 40), "red").save(tmp_path / samples[3]["image"])
-    with pytest.raises(UserError, match=f"{samples[3]['image']}: the file has changed"):
-        dataset[3]
 
 
 def test_grouped_order_keeps_kinds_and_lengths_together():

@@ -19,22 +19,21 @@ import shutil
 import signal
 import traceback
 import typing
-import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import PATCH, SIZE
 from PIL import Image
 from safetensors.torch import load_file
 
 import data
 import eval
-import figures
 import labels as labelling
-import toy
 import train
 from data import IGNORE, IMAGE_TOKEN, LlavaDataset, load_samples, read_image
 from model import load_model
+from tools import curves, look
 
 ROOT = Path(__file__).parent.parent
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
@@ -357,11 +356,9 @@ def check_image(file):
     if line:
         assert file.name[:50] in line, f"the file is not named: {line}"
         return
-    image, crc = read
-    assert image.mode == "RGB" and crc == zlib.crc32(file.read_bytes())
-    assert max(image.size) <= 100 * min(image.size)
+    assert read.mode == "RGB" and max(read.size) <= 100 * min(read.size)
     for mode in ("square", "squash", "pad"):
-        pixels = data.geometry(image, SIZE, mode, (0.5,) * 3, (0.2,) * 3)
+        pixels = data.geometry(read, SIZE, mode, (0.5,) * 3, (0.2,) * 3)
         assert pixels.shape == (3, SIZE, SIZE) and pixels.isfinite().all()
 
 
@@ -397,6 +394,40 @@ def test_what_is_no_image_is_refused(tmp_path):
         assert attempt(lambda: read_image(file))[1], "it was read"
 
     check_all(check, ([name] for name in names))
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_an_encoder_of_pickles_is_read_as_tensors_or_refused_and_runs_nothing(world, tmp_path):
+    weights = load_file(world / "clip/open_clip_model.safetensors")
+    shutil.copy(world / "clip/open_clip_config.json", tmp_path)
+    file = tmp_path / "open_clip_pytorch_model.bin"
+    torch.save(weights, file)
+    found = labelling.load_encoder(str(tmp_path)).state_dict()
+    assert found.keys() == weights.keys() and all(found[k].equal(weights[k]) for k in weights)
+
+    ran = tmp_path / "ran"
+    whole = file.read_bytes()
+
+    def check(content):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        line = attempt(lambda: labelling.load_encoder(str(tmp_path)))[1]
+        assert str(tmp_path) in line and "cannot be loaded (" in line, line
+        assert not ran.exists()
+
+    strange = [{}, [1], 3, None, torch.ones(2), {"a": 1}, {"state_dict": weights, "x": Touch(ran)}]
+    check_all(check, ([content] for content in [*strange, b"", b"no pickle", whole[:-999]]))
 
 
 # ----------------------------------------------------------------------------- our files
@@ -440,7 +471,9 @@ def adapter(out):
 
 
 def resume(root, world, flags):
-    shutil.rmtree(root / "out/model")
+    """Goes on with the last step, as after a kill."""
+    for later in ("checkpoints/step_3", "model"):
+        shutil.rmtree(root / "out" / later)
     train.main([*run_flags(flags, root), "--out_dir", f"{root}/out", "--resume"])
     return adapter(root / "out")
 
@@ -456,12 +489,12 @@ def tacs(root, world, flags):
 
 def words(root, world, flags):
     argv = f"words --model {root}/out/model --samples 3 --out {root}/words.html".split()
-    return eval.main(argv), (root / "words.html").read_text().replace(str(root), "")
+    return list(look.main(argv).values()), (root / "words.html").read_text().replace(str(root), "")
 
 
 def show(root, world, flags):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        labelling.main(f"show --labels {root}/labels --out {root}/labels.html --images 2".split())
+        look.main(f"labels --labels {root}/labels --out {root}/labels.html --images 2".split())
     return printed.getvalue().split("wrote")[0], (root / "labels.html").read_bytes()
 
 
@@ -480,12 +513,12 @@ def extract(root, world, flags):
 
 def history(root, world, flags):
     """A number for each step. The numbers themselves may be others: logs have no checksum."""
-    measures = figures.history(root / "out")
+    measures = curves.history(root / "out")
     for name, values in measures.items():
         assert all(isinstance(step, int) for step in values), f"a step of {name!r} is no number"
-        if re.fullmatch(figures.SCORES, name):  # what is drawn
+        if re.fullmatch(curves.SCORES, name):  # what is drawn
             assert all(isinstance(value, (int, float)) for value in values.values()), f"{name!r}"
-    figures.draw_curves({"SEA": [measures]}, {"val_loss": "loss"}, "curves.png")
+    curves.draw_curves({"SEA": [measures]}, {"val_loss": "loss"}, "curves.png")
 
 
 COMMANDS = {f.__name__: f for f in (resume, new_run, tacs, words, show, store, extract, history)}
@@ -495,7 +528,6 @@ READERS = {
     "out/metrics.jsonl": (24, "resume tacs history"),
     "out/eval.jsonl": (40, "history"),
     "out/lmms_results.json": (40, "history"),
-    "out/checkpoints/step_2/crc.json": (16, "resume"),
     "out/checkpoints/step_2/adapter.safetensors": (5, "resume"),
     "out/checkpoints/step_2/state/shard-00001-model-00001-of-00001.safetensors": (10, "resume"),
     "out/model/adapter.safetensors": (20, "tacs"),
@@ -508,7 +540,7 @@ READERS = {
 
 # A bit that flips in them, or a field that a person changes, is not noticed; a lost end is.
 WITHOUT_CHECKSUM = ("config.json", "meta.json", "words.npy", "labels-00000.npy")
-WITHOUT_CHECKSUM += ("adapter.safetensors",)  # of model/; crc.json has the checkpoints'
+WITHOUT_CHECKSUM += ("adapter.safetensors", "shard-00001-model-00001-of-00001.safetensors")
 
 # Changes of single fields that mutate draws too rarely
 CHANGES = {
@@ -625,7 +657,7 @@ def command_lines(world, root, flags):
     return [
         (eval, eval.eval_tacs, f"tacs {model}"),
         (eval, eval.eval_gap, f"gap {model}"),
-        (eval, eval.eval_words, f"words {model} --out w.png"),
+        (eval, eval.eval_words, f"words {model}"),
         (
             eval,
             eval.eval_pope,
@@ -639,8 +671,8 @@ def command_lines(world, root, flags):
         ),
         (labelling, labelling.write_words, f"words --data {world}/train.json --out w.txt"),
         (labelling, labelling.extract, " ".join(extract_flags(world, "new"))),
-        (labelling, labelling.show, f"show --labels {root}/labels --out l.png"),
-        (toy, toy.build, f"build --folder {root}"),
+        (look, look.look_at_labels, f"labels --labels {root}/labels --out l.png"),
+        (look, look.look_at_words, f"words {model} --out w.png"),
     ]
 
 
@@ -661,8 +693,7 @@ def test_flags_of_commands_are_refused_or_work(made, world, flags, tmp_path, mon
             yield module, [*line.split(), "--nothing=1"]
             yield module, [*line.split(), "more"]
             yield module, []
-            if module is not toy:  # without flags, it builds
-                yield module, line.split()[:2]
+            yield module, line.split()[:2]
 
     def check(module, argv):
         shutil.rmtree(tmp_path / "new", ignore_errors=True)

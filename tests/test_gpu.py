@@ -11,6 +11,7 @@ import contextlib
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.utils import _to_kwargs
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -112,22 +113,36 @@ def make_run(argv, device, dtype=torch.bfloat16):
     cfg = train.parse_config([*argv, "--dtype", "bfloat16"])
     with _disable_current_modes():
         model, _ = train.build_model(cfg, torch.device("cpu"))
-        train_set, val_set = train.build_data(cfg, model)
+        samples = train.load_samples(cfg.data, captions=cfg.stage == "pretrain")
+        store = train.LabelStore(cfg.labels) if cfg.sea_weight > 0 else None
+        train_set, val_set = train.build_data(cfg, model, samples, store)
     items = [train_set[i] for i in range(cfg.batch_size)]
     batch = data.collate(items, model.tokenizer.pad_token_id)
     for part in (model.vision_tower, model.llava.model.language_model):
         part.set_attn_implementation("eager")  # the choice of another would ask the driver
     move(model, device)
-    optimizer, schedule = train.build_optimizer(cfg, model, 10, 0)
-    run = train.Run(cfg, device, dtype, model, model, optimizer, schedule)
+    run = train.Run(cfg, device, dtype, model, model, train.build_optimizer(cfg, model), 10)
     return run, batch, val_set
 
 
 STAGES = ["pretrain", "finetune"]
 
 
+def with_inputs_moved(model):
+    """The model's forward as FSDP2 calls it: it has moved all tensors of the arguments."""
+
+    def forward(**batch):
+        _, [moved] = _to_kwargs((), batch, GPU, False)
+        return model(**moved)
+
+    return forward
+
+
+@pytest.mark.parametrize("is_fsdp", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_waits_for_the_gpu_once(flags, finetune_flags, stage, tmp_path, monkeypatch):
+def test_a_step_waits_for_the_gpu_once(
+    flags, finetune_flags, stage, is_fsdp, tmp_path, monkeypatch
+):
     """For the numbers that are logged: forward, AdamW and all that is around them."""
     argv = flags if stage == "pretrain" else finetune_flags
     trained = []
@@ -143,6 +158,8 @@ def test_a_step_waits_for_the_gpu_once(flags, finetune_flags, stage, tmp_path, m
 
     with fake_gpu(monkeypatch) as gpu:
         run, batch, _ = make_run([*argv, "--out_dir", str(tmp_path / "new")], GPU)
+        if is_fsdp:
+            run.parallel_model = with_inputs_moved(run.model)
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         gpu.waits.clear()
         metrics = train.train_step(run, [batch], 1)
@@ -184,9 +201,9 @@ def test_alignment_on_a_gpu(world, flags, command, tmp_path, monkeypatch):
     train.main([*flags, "--max_steps", "1", "--out_dir", str(tmp_path / "run")])
     load_model = evaluation.load_model
 
-    def load(path, dtype):
+    def load(path, dtype, **parts):
         with _disable_current_modes():
-            model = load_model(path, dtype)
+            model = load_model(path, dtype, **parts)
         for part in (model.vision_tower, model.llava.model.language_model):
             part.set_attn_implementation("eager")
         monkeypatch.setattr(type(model), "to", lambda model, device: move(model, device))
@@ -194,7 +211,6 @@ def test_alignment_on_a_gpu(world, flags, command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation, "load_model", load)
     argv = f"{command} --model {tmp_path}/run --samples 2".split()
-    argv += ["--out", f"{tmp_path}/w.html"] if command == "words" else []
     with fake_gpu(monkeypatch):
         assert evaluation.main(argv)
 

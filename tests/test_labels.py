@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +28,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import figures
 import labels
-from data import UserError, cli, geometry, load_samples
+from data import UserError, cli, digest, geometry, load_samples
 from labels import (
     LabelStore,
-    _search,
-    digest,
     encoder_preprocess,
     extract,
     load_encoder,
@@ -44,10 +40,9 @@ from labels import (
     patch_embeddings,
     patch_paths,
     read_words,
-    record_type,
-    weights_crc,
     word_embeddings,
 )
+from tools import look
 
 MEAN, STD = (
     (0.48, 0.46, 0.41),
@@ -59,7 +54,7 @@ MEAN, STD = (
 
 
 def sorted_words(patches, words, n, sign, min_score):
-    """A full stable sort of all scores, in float64."""
+    """A full sort of all scores, in float64."""
     scores = sign * (patches.double() @ words.double().T).numpy()
     order = np.argsort(-scores, axis=1, kind="stable")[:, :n]
     best = np.take_along_axis(scores, order, 1)
@@ -71,19 +66,40 @@ def sorted_words(patches, words, n, sign, min_score):
     )
 
 
-def vectors(kind, P, q, seed=0):
-    """integers: few different scores, hence ties everywhere, and all of them exact. random:
-    hardly ever a tie."""
-    g = torch.Generator().manual_seed(seed)
-    if kind == "integers":
-        return [torch.randint(-2, 3, (rows, 3), generator=g).float() for rows in (P, q)]
-    return [
-        F.normalize(torch.randn(rows, 6, generator=g, dtype=torch.float64), dim=-1)
-        for rows in (P, q)
-    ]
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-@pytest.mark.parametrize("kind", ["integers", "random"])
+def word_set(kind, P, q, d):
+    """Patches [P, d] and words [q, d].
+
+    random: any directions. copies: each word 20 times, 0.1 apart. clip: all words share a
+    direction, so that their cosines are 0.7 and more, and patches lie away from them, at 0.2.
+    """
+    patches, words = unit(P, d, seed=1), unit(q, d)
+    if kind == "copies":
+        words = F.normalize(words[: q // 20].repeat(20, 1) + 0.1 * unit(q, d, seed=2), dim=-1)
+    if kind == "clip":
+        shared = unit(d, seed=3)
+        words = F.normalize(1.6 * shared + words, dim=-1)
+        patches = F.normalize(0.25 * shared + patches, dim=-1)
+    return patches, words
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("q", [50_000, 200_000])
+@pytest.mark.parametrize("kind", ["random", "copies", "clip"])
+def test_the_search_finds_every_word_of_a_full_sort(kind, q, sign):
+    patches, words = word_set(kind, 64, q, 256)
+    ids, scores = nearest_words(patches, words, 10, sign, min_score=-1)
+    expected_ids, expected_scores = sorted_words(patches, words, 10, sign, -1)
+    recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(ids, expected_ids)])
+    assert recall == 1
+    torch.testing.assert_close(scores.double(), expected_scores, rtol=1e-6, atol=1e-6)
+    own = (patches.unsqueeze(1) * words[ids]).double().sum(-1) * sign  # each the score of its id
+    torch.testing.assert_close(scores.double(), own, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "P, q, n, sign, min_score",
     [
@@ -92,42 +108,32 @@ def vectors(kind, P, q, seed=0):
         (40, 10, 10, 1, 0),
         (40, 10, 1, -1, 0),
         (40, 11, 10, 1, 0.5),
-        (40, 5000, 10, -1, 0),
-        (40, 5000, 10, 1, 7.5),
+        (40, 5000, 10, 1, 0.9),
         (40, 5000, 4200, 1, 0),
-        (12, 50_000, 10, 1, 0.9),
-        (12, 50_000, 1, -1, 0),
+        (12, 40_000, 1, -1, 0),
         (4100, 7, 4, 1, 0.3),
-        (4096, 5, 5, -1, 0),
-        (1, 4097, 3, 1, 0),
+        (1, 16_385, 3, 1, 0),
     ],
 )
-def test_nearest_words_equal_a_full_stable_sort(kind, P, q, n, sign, min_score):
-    patches, words = vectors(kind, P, q)
+def test_nearest_words_equal_a_full_sort(P, q, n, sign, min_score):
+    patches, words = unit(P, 6), unit(q, 6, seed=1)
     ids, scores = nearest_words(patches, words, n, sign, min_score)
     expected_ids, expected_scores = sorted_words(patches, words, n, sign, min_score)
-    assert (
-        ids.dtype == torch.int64
-        and scores.dtype == torch.float32
-        and ids.shape == scores.shape == (P, n)
-    )
-    assert ids.equal(expected_ids)
+    assert ids.dtype == torch.int64 and scores.dtype == torch.float32
+    assert ids.shape == scores.shape == (P, n)
+    assert (ids == expected_ids).float().mean() > 0.999  # the rest: float32 takes them for equal
     torch.testing.assert_close(scores.double(), expected_scores, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "sign, expected_ids, expected_scores",
-    [
-        (1, [[1, 3, 5, 0], [2, -1, -1, -1]], [[0.75, 0.75, 0.75, 0.25], [0.5, 0, 0, 0]]),
-        (-1, [[2, 4, -1, -1], [1, 3, 5, 0]], [[0.5, 0.5, 0, 0], [0.75, 0.75, 0.75, 0.25]]),
-    ],
-)
-def test_nearest_words_by_hand(sign, expected_ids, expected_scores):
-    """Words 1, 3 and 5 are the same, so are 2 and 4; the second patch is the opposite of the
-    first, but for word 4."""
-    words = torch.tensor([[0.25, 0], [0.75, 0], [-0.5, 0], [0.75, 0], [-0.5, 0.5], [0.75, 0]])
-    ids, scores = nearest_words(torch.tensor([[1.0, 0], [-1.0, -1.0]]), words, 4, sign)
-    assert ids.tolist() == expected_ids and scores.tolist() == expected_scores
+def test_nearest_words_by_hand():
+    """The second patch is the opposite of the first, but for word 3."""
+    words = torch.tensor([[0.25, 0], [0.75, 0], [-0.5, 0], [-0.5, 0.5]])
+    patches = torch.tensor([[1.0, 0], [-1.0, -1.0]])
+    ids, scores = nearest_words(patches, words, 3, 1)
+    assert ids.tolist() == [[1, 0, -1], [2, -1, -1]]
+    assert scores.tolist() == [[0.75, 0.25, 0], [0.5, 0, 0]]
+    ids, scores = nearest_words(patches[1:], words, 3, -1)
+    assert ids.tolist() == [[1, 0, -1]] and scores.tolist() == [[0.75, 0.25, 0]]
 
 
 def test_a_word_at_min_score_is_left_out():
@@ -135,207 +141,6 @@ def test_a_word_at_min_score_is_left_out():
         torch.ones(1, 1), torch.tensor([[0.5], [0.25], [0.125], [0.0]]), 4, 1, min_score=0.25
     )
     assert ids.tolist() == [[0, -1, -1, -1]] and scores.tolist() == [[0.5, 0, 0, 0]]
-
-
-def test_equal_words_more_than_a_block_apart_come_by_id():
-    words = (
-        F.normalize(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
-        * 0.9
-    )
-    words[[17, 4095, 4096, 9000, 19_999]] = torch.tensor([0.0, 0, 0, 1])
-    ids, _ = nearest_words(torch.tensor([[0.0, 0, 0, 1]]), words, 4, 1)
-    assert ids.tolist() == [[17, 4095, 4096, 9000]]
-
-
-@pytest.fixture
-def stages(monkeypatch):
-    """[stage, rows] of each search that nearest_words makes, of any rows."""
-    seen, search, sort = [], labels._search, labels._sort
-
-    def spied_search(patches, words, n, dtype):
-        seen.append([str(dtype), len(patches)])
-        return search(patches, words, n, dtype)
-
-    def spied_sort(patch, words, n):
-        if seen[-1][0] != "sort":
-            seen.append(["sort", 0])
-        seen[-1][1] += 1
-        return sort(patch, words, n)
-
-    monkeypatch.setattr(labels, "_search", spied_search)
-    monkeypatch.setattr(labels, "_sort", spied_sort)
-    return seen
-
-
-@pytest.fixture(params=[True, False], ids=["bf16", "fp32"])
-def fast(request, monkeypatch):
-    """Whether this CPU is taken for one that multiplies bf16 fast."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
-    return request.param
-
-
-def spread(P, q, sigma=None, d=768, seed=0):
-    """Random unit vectors [P, d], [q, d]. With sigma the words are one vector or its opposite,
-    but for what moves scores by so much: their mean tells nothing."""
-    g = torch.Generator().manual_seed(seed)
-    patches, words = torch.randn(P, d, generator=g), torch.randn(q, d, generator=g)
-    if sigma:
-        common = F.normalize(torch.randn(d, generator=g), dim=0)
-        opposite = torch.randint(0, 2, (q, 1), generator=g) * 2 - 1
-        patches, words = common + 0.03 * patches, opposite * common + sigma * words
-    return F.normalize(patches, dim=-1), F.normalize(words, dim=-1)
-
-
-def assert_sorted(found, patches, words, n, sign=1, min_score=0.0):
-    expected_ids, expected_scores = sorted_words(patches, words, n, sign, min_score)
-    assert found[0].equal(expected_ids)
-    torch.testing.assert_close(found[1].double(), expected_scores, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_random_words_are_found_by_the_first_search(fast, stages, sign):
-    patches, words = spread(70, 20_000)
-    assert_sorted(nearest_words(patches, words, 10, sign), patches, words, 10, sign)
-    assert stages == [[str(torch.bfloat16 if fast else torch.float32), 70]]
-
-
-def test_words_that_share_a_component_are_found_by_the_first_search(fast, stages):
-    """Their mean, which changes no order, is not what is rounded."""
-    patches, words = spread(70, 20_000)
-    words = F.normalize(5 * patches.mean(0) / patches.mean(0).norm() + words, dim=-1)
-    assert_sorted(nearest_words(patches, words, 10, 1, -1.0), patches, words, 10, 1, -1.0)
-    assert len(stages) == 1
-
-
-def test_words_too_close_together_for_bf16_are_found_in_float32(fast, stages):
-    patches, words = spread(40, 20_000, sigma=1e-3)
-    assert_sorted(nearest_words(patches, words, 10, 1), patches, words, 10)
-    assert stages == [["torch.bfloat16", 40]] * fast + [["torch.float32", 40]]
-
-
-def test_words_too_close_together_for_float32_are_sorted(fast, stages):
-    patches, words = spread(20, 20_000, sigma=2e-6)
-    assert_sorted(nearest_words(patches, words, 10, 1), patches, words, 10)
-    assert stages == [["torch.bfloat16", 20]] * fast + [["torch.float32", 20], ["sort", 20]]
-
-
-@pytest.mark.parametrize("q, d", [(20_000, 768), (12_289, 768), (8195, 33), (4097, 1024)])
-def test_more_equal_best_words_than_candidates_are_sorted(fast, stages, q, d):
-    """Words 0 to 3 are the best of a patch each, 60 times over, where 5 n have 44 candidates;
-    patch 4 has no such."""
-    patches, words = spread(5, q, d=d)
-    index = np.arange(q)
-    copies = np.random.default_rng(0).permutation(np.arange(4, q))[:240].reshape(4, 60)
-    for word, places in enumerate(copies):
-        words[word] = F.normalize(patches[word] + 0.01 * words[word], dim=0)
-        words[places], index[places] = words[word].clone(), word
-    scores = np.stack([(words.double() * p).sum(1).numpy() for p in patches.double()])[
-        :, index
-    ]  # of copies, the same
-    expected = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-    for word in range(4):
-        assert expected[word].tolist() == sorted([word, *copies[word]])[:5]
-    assert nearest_words(patches, words, 5, 1)[0].tolist() == expected.tolist()
-    assert stages[-1] == ["sort", 4]
-
-
-def test_a_bound_that_is_reached_is_no_proof():
-    """Every score is 0, and so is the bound: words with lower ids than those found may score as
-    much."""
-    ids, scores = nearest_words(torch.zeros(2, 8), spread(1, 500, d=8)[1], 3, 1, min_score=-0.5)
-    assert ids.tolist() == [[0, 1, 2]] * 2 and scores.tolist() == [[0.0] * 3] * 2
-
-
-def test_what_cannot_pass_min_score_is_not_searched_again(fast, stages):
-    patches, words = spread(40, 20_000, sigma=1e-3)
-    ids, scores = nearest_words(patches, words, 10, 1, min_score=1.1)
-    assert (ids == -1).all() and (scores == 0).all() and len(stages) == 1
-
-
-class Candidates(TorchDispatchMode):
-    """The ids of the words that are scored in float64."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if (
-            func is torch.ops.aten.index.Tensor
-            and len(args[1]) == 1
-            and args[1][0].dtype == torch.int64
-            and args[0].is_floating_point()
-        ):
-            self.ids.append(args[1][0])
-        return func(*args, **(kwargs or {}))
-
-    def __enter__(self):
-        self.ids = []
-        return super().__enter__()
-
-
-def hidden_by_rounding(kind):
-    """A patch and words, most of them the same, that score more than their product tells; the mean
-    word is 0.
-
-    In bf16, whose numbers near 1 are multiples of 1/128: just less than half of that is rounded off
-    patch and word ("factors") and, more than these alone explain, off their product as well. In
-    float32: small numbers are lost where they are added to 1 ("addition").
-    """
-    step, half = 2**-7, 2**-7 * 0.4999
-    small = torch.full((32_768,), 2.0**-25)
-    small[0], small[-1] = 1, -1
-    patch, word = {
-        "factors": (torch.tensor([1 + half]), torch.tensor([1 + half])),
-        "product": (torch.tensor([1 + 7 * step + half]), torch.tensor([1 + 9 * step + half])),
-        "negative product": (
-            torch.tensor([1 + 7 * step - half]),
-            torch.tensor([-1 - 10 * step + half]),
-        ),
-        "addition": (torch.ones(32_768), small),
-    }[kind]
-    others = -8 * word.expand(25, -1) if kind == "negative product" else -word.expand(200, -1)
-    return patch.expand(3, -1).clone(), torch.cat([word.expand(200, -1), others])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "random",
-        "close",
-        "closest",
-        "few",
-        "double",
-        "long",
-        "factors",
-        "addition",
-        "product",
-        "negative product",
-    ],
-)
-def test_no_word_beyond_the_candidates_scores_more_than_the_bound(kind, dtype):
-    n = 2  # 32 candidates
-    if kind in ("random", "close", "closest", "few", "double", "long"):
-        patches, words = spread(
-            50, 9000, {"close": 1e-3, "closest": 1e-7}.get(kind), d=3 if kind == "few" else 768
-        )
-        if kind == "double":
-            patches, words = (F.normalize(v.double() + 1e-9, dim=-1) for v in (patches, words))
-        if kind == "long":
-            patches, words = patches * 7.3, words * torch.linspace(0.1, 9, 9000)[:, None]
-    else:
-        patches, words = hidden_by_rounding(kind)
-    with Candidates() as candidates:
-        ids, scores, bound = _search(patches, words, n, dtype)
-    chosen = torch.cat(candidates.ids)
-    assert chosen.shape == (len(patches), 4 * n + 24) and all(
-        len(set(row)) == 32 for row in chosen.tolist()
-    )
-    exact = patches.double() @ words.double().T
-    assert (exact.scatter(1, chosen, -torch.inf).amax(1) <= bound).all()
-    assert (
-        bound - exact.gather(1, chosen).amin(1)
-        < 0.1 * patches.norm(dim=1) * words.norm(dim=1).max()
-    ).all()
-    torch.testing.assert_close(scores, exact.gather(1, chosen).topk(n)[0])
-    torch.testing.assert_close(exact.gather(1, ids), scores)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -362,14 +167,13 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
-def test_memory_does_not_grow_with_the_number_of_words(fast):
+def test_memory_does_not_grow_with_the_number_of_words():
     peaks = []
     for q in (16_384, 131_072):
-        patches, words = (v.float() for v in vectors("random", 128, q))
         with PeakMemory() as memory:
-            nearest_words(patches, words, 3, 1)
-        peaks.append(memory.peak)
-    assert peaks[0] >= 128 * 4096 * (2 if fast else 4)  # it did see a block of scores
+            nearest_words(unit(128, 6), unit(q, 6), 3, 1)
+        peaks.append(memory.peak - 8 * q * 6)  # the words themselves
+    assert peaks[0] >= 0.9 * 128 * 16_384 * 2  # it did see a block of scores
     assert peaks[1] < 1.1 * peaks[0]
 
 
@@ -680,7 +484,9 @@ def same(folder, other):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What its files hold, but for what killed processes have left unfinished."""
+    finished = [path for path in folder.iterdir() if path.suffix != ".part"]
+    return {path.name: path.read_bytes() for path in finished}
 
 
 def world_store(settings, folder, **changed):
@@ -694,8 +500,7 @@ def world_store(settings, folder, **changed):
         ("last", -1, {}),
         ("value", 1, {}),
         ("vv", 1, {}),
-        ("value", 1, dict(center=True)),
-        ("vv", -1, dict(center=True, n=20)),
+        ("vv", -1, dict(n=20)),
     ],
 )
 def test_the_store_holds_what_each_image_alone_would_get(
@@ -712,8 +517,6 @@ def test_the_store_holds_what_each_image_alone_would_get(
     words = (world / "words.txt").read_text().split()
     assert len(store) == len(samples) == 24 and store.words == words
     embeds, n = word_embeddings(clip, words, "the {}").double(), chosen["n"]
-    if "center" in more:
-        embeds = F.normalize(embeds - embeds.mean(0), dim=-1)
     for i, sample in enumerate(samples):
         image = Image.open(world / "images" / sample["image"]).convert("RGB")
         pixels = geometry(image, size=30, mode="square", mean=MEAN, std=STD).unsqueeze(0)
@@ -732,13 +535,13 @@ def test_bfloat16_labels_are_about_those_of_float32(settings, store, tmp_path):
     half = world_store(settings, tmp_path / "half", dtype="bfloat16")
     assert json.loads((half / "meta.json").read_text())["dtype"] == "bfloat16"
     found, expected = records(half), records(store)
-    assert (found["crc"] == expected["crc"]).all() and not same(half, store)
+    assert not same(half, store)
     agree = (found["ids"] == expected["ids"]).mean()
     print(f"bfloat16: {agree:.1%} of the labels are those of float32")
     assert agree > 0.8
     np.testing.assert_allclose(found["scores"], expected["scores"], atol=0.06)
-    assert ((found["ids"] < 10) | (found["ids"] == 65535)).all()
-    assert ((found["ids"] == 65535) == (found["scores"] == 0)).all() and (
+    assert found["ids"].min() == -1 and found["ids"].max() < 10
+    assert ((found["ids"] == -1) == (found["scores"] == 0)).all() and (
         np.diff(found["scores"], axis=2) <= 0
     ).all()
 
@@ -783,38 +586,55 @@ def test_the_default_path_belongs_to_the_weights(
     assert (meta["path"], meta["sign"]) == (path, -1 if path == "last" else 1)
 
 
-def hand_store(folder, words, ids, scores=0.25, id_type=np.uint16, shard=2, **meta):
+@pytest.mark.parametrize(
+    "name, use",
+    [
+        *[
+            (f"{model}/openai", f"{model}-quickgelu/openai")
+            for model in open_clip.list_pretrained_models_by_tag("openai")
+            if model.startswith("ViT") and not model.endswith("-quickgelu")
+        ],
+        ("ViT-L-14/OpenAI", "ViT-L-14-quickgelu/OpenAI"),
+        ("ViT-B-32/laion400m_e32", "ViT-B-32-quickgelu/laion400m_e32"),
+        ("ViT-H-14/dfn5b", "ViT-H-14-quickgelu/dfn5b"),
+        ("ViT-L-14/metaclip-fullcc", "ViT-L-14-quickgelu/metaclip-fullcc"),
+    ],
+)
+def test_weights_of_quick_gelu_are_refused_without_it(encoder, monkeypatch, name, use):
+    """Nothing is loaded. With the name that the error gives, open_clip is asked for a model that
+    has QuickGELU."""
+    asked = []
+    monkeypatch.setattr(
+        open_clip, "create_model", lambda model, **_: asked.append(model) or encoder
+    )
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: open_clip.SimpleTokenizer())
+    with pytest.raises(UserError, match=f"--encoder {name}: .*QuickGELU.* use {use}$"):
+        load_encoder(name)
+    assert asked == []
+    load_encoder(use)
+    [model] = asked
+    assert open_clip.get_model_config(model)["quick_gelu"] is True
+    if "openai" in name.lower():
+        assert encoder.default_path == "last"
+
+
+def record_type(m, n):
+    """What a file of labels holds of an image."""
+    return np.dtype([("ids", np.int32, (m, n)), ("scores", np.float16, (m, n))])
+
+
+def hand_store(folder, words, ids, scores=0.25, shard=2, **meta):
     """A store written file by file; ids [images, m, n] with -1 for none."""
     ids = np.asarray(ids)
     folder.mkdir()
     (folder / "words.txt").write_text("\n".join(words) + "\n")
     meta = dict(images=len(ids), shard=shard, n=ids.shape[2], words=digest(words)) | meta
     (folder / "meta.json").write_text(json.dumps(meta))
-    rows = np.zeros(
-        len(ids),
-        [
-            ("ids", id_type, ids.shape[1:]),
-            ("scores", np.float16, ids.shape[1:]),
-            ("crc", np.uint32),
-        ],
-    )
-    rows["ids"], rows["scores"] = ids.astype(id_type), np.where(ids < 0, 0, scores)
-    rows["crc"] = np.arange(len(ids)) + 7
+    rows = np.zeros(len(ids), record_type(*ids.shape[1:]))
+    rows["ids"], rows["scores"] = ids, np.where(ids < 0, 0, scores)
     for k in range(-(-len(ids) // shard)):
         np.save(folder / f"labels-{k:05}.npy", rows[k * shard : (k + 1) * shard])
     return folder
-
-
-@pytest.mark.parametrize(
-    "count, dtype", [(10, np.uint16), (65_534, np.uint16), (65_535, np.int32), (70_000, np.int32)]
-)
-def test_no_label_stays_apart_from_the_last_word(tmp_path, count, dtype):
-    words = [f"w{i}" for i in range(count)]
-    wanted = [[[-1, 0, count - 1], [count - 2, -1, min(count - 1, 65_535)]]]
-    assert record_type(count, 2, 3)["ids"] == np.dtype((dtype, (2, 3)))
-    store = LabelStore(hand_store(tmp_path / "labels", words, wanted, id_type=dtype))
-    assert [store[0][0].tolist()] == wanted and store.words == words
-    assert (store[0][1] == torch.tensor(wanted[0]).ge(0) * 0.25).all()
 
 
 @pytest.mark.parametrize("shard", [1, 2, 3, 4, 7])
@@ -823,34 +643,19 @@ def test_label_i_is_row_i_of_the_files_together(tmp_path, shard):
     store = LabelStore(hand_store(tmp_path / "labels", "abcdefghi", ids, shard=shard))
     assert len(store) == 7
     for i in range(7):
-        assert store[i][0].tolist() == ids[i].tolist() and store.record(i)["crc"] == i + 7
-
-
-def test_a_store_may_return_the_best_labels_only(tmp_path):
-    ids = np.random.default_rng(0).integers(-1, 9, (3, 4, 5))
-    folder = hand_store(tmp_path / "labels", "abcdefghi", ids)
-    with pytest.raises(UserError, match="labels: has 5 labels per patch, not 6"):
-        LabelStore(folder, max_labels=6)
-    for best, whole in zip(LabelStore(folder, max_labels=2), LabelStore(folder)):
-        assert [x.shape for x in best] == [(4, 2)] * 2 and whole[0].shape == (4, 5)
-        assert all(torch.equal(x, y[:, :2]) for x, y in zip(best, whole))
-
-
-def test_the_labels_of_558_128_images_need_14_gigabytes():
-    for q, itemsize in [(60_000, 576 * 10 * (2 + 2) + 4), (70_000, 576 * 10 * (4 + 2) + 4)]:
-        assert record_type(q, 576, 10).itemsize == itemsize
-    assert 558_128 * record_type(60_000, 576, 10).itemsize < 14e9
+        assert store[i][0].tolist() == ids[i].tolist()
+        assert store[i][1].tolist() == np.where(ids[i] < 0, 0, 0.25).tolist()
 
 
 def test_an_open_store_costs_no_memory(tmp_path):
     """Two files of 1 GB, of which the disk holds only what is written."""
-    kind, images = record_type(10, 576, 10), 2 * 45_000
+    kind, images = record_type(576, 10), 2 * 30_000
     folder = hand_store(
         tmp_path / "labels", "abcdefghij", np.zeros((1, 1, 1)), images=images, shard=images // 2
     )
     for k in range(2):
         rows = np.lib.format.open_memmap(folder / f"labels-{k:05}.npy", "w+", kind, (images // 2,))
-        rows[-1] = (3, 0.5, 77)
+        rows[-1] = (3, 0.5)
         del rows
 
     def resident():
@@ -863,12 +668,7 @@ def test_an_open_store_costs_no_memory(tmp_path):
     grown, peak = resident() - before, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(path.stat().st_size for path in folder.iterdir()) > 2e9
-    assert (
-        len(store) == images
-        and (ids == 3).all()
-        and (scores == 0.5).all()
-        and store.record(images - 1)["crc"] == 77
-    )
+    assert len(store) == images and (ids == 3).all() and (scores == 0.5).all()
     assert grown < 50e6 and peak < 5e6
 
 
@@ -914,11 +714,11 @@ def test_extract_refuses_damaged_word_embeddings(settings, copy, keep):
 
 def test_an_interrupted_run_is_refused_and_goes_on_where_it_stopped(settings, store, copy):
     (copy / "labels-00001.npy").unlink()
-    (copy / "labels-00001.npy.part").write_bytes(b"half")  # of a process that was killed
+    (copy / "labels-00001.npy.0.part").write_bytes(b"half")  # of a process that was killed
     finished = np.load(copy / "labels-00002.npy")
-    finished["ids"][0] = 1  # a finished file is not made again
+    finished["ids"][0], finished["scores"][0] = 1, 0.5  # a finished file is not made again
     np.save(copy / "labels-00002.npy", finished)
-    with pytest.raises(UserError, match="only 14 of 24 images are labelled; run the same"):
+    with pytest.raises(UserError, match="1 of 3 files are missing; run the same"):
         LabelStore(copy)
     extract(**settings, out=str(copy))
     assert contents(copy)["labels-00002.npy"] != contents(store)["labels-00002.npy"]
@@ -951,14 +751,11 @@ def test_words_are_embedded_once(settings, store, copy, monkeypatch):
     assert calls == [10] and contents(copy) == contents(store)
 
 
-@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_word_embeddings_come_from_the_store(
-    world, settings, encoder, tmp_path, monkeypatch, center, rank
-):
-    """From its file, whoever wrote it; centred with --center, though the file is not."""
-    chosen = settings | dict(center=center, path="value", sign=1)
-    stored = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
+def test_word_embeddings_come_from_the_store(world, settings, encoder, tmp_path, monkeypatch, rank):
+    """From its file, whoever wrote it."""
+    chosen = settings | dict(path="value", sign=1)
+    stored = unit(10, 16)
     out = world_store(chosen, tmp_path / "labels")
     for file in out.glob("labels-*"):
         file.unlink()
@@ -969,9 +766,6 @@ def test_word_embeddings_come_from_the_store(
     assert np.array_equal(np.load(out / "words.npy"), stored.numpy())
 
     expected = stored.double()
-    if center:
-        expected = expected - expected.mean(0)
-        expected = expected / expected.norm(dim=1, keepdim=True)
     row = 10 * rank  # the first of the rank's first file
     sample = load_samples(world / "train.json")[row]
     image = Image.open(world / "images" / sample["image"]).convert("RGB")
@@ -979,7 +773,7 @@ def test_word_embeddings_come_from_the_store(
     clip = load_encoder(str(world / "clip"))
     ids, scores = sorted_words(patch_embeddings(clip, pixels, "value")[0], expected, 4, 1, 0.05)
     record = np.load(out / f"labels-0000{rank}.npy")[0]
-    assert (record["ids"] == ids.numpy().astype(np.uint16)).all()
+    assert (record["ids"] == ids.numpy()).all()
     np.testing.assert_allclose(record["scores"], scores, rtol=1e-3, atol=1e-6)
 
 
@@ -987,9 +781,9 @@ def test_word_embeddings_come_from_the_store(
 server = multiprocessing.get_context("forkserver")
 
 
-def rank_process(settings, rank, world, die):
+def rank_process(settings, rank, world, die, meet):
     """Extract as one of `world` ranks. die: ("before" | "after", k): be killed before, or after,
-    the k-th renaming."""
+    the k-th renaming. meet: a barrier at which to wait before each renaming."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     replace, seen = os.replace, []
 
@@ -997,6 +791,8 @@ def rank_process(settings, rank, world, die):
         seen.append(args)
         if die == ("before", len(seen)):
             os.kill(os.getpid(), signal.SIGKILL)
+        if meet:
+            meet.wait(60)
         replace(*args)
         if die == ("after", len(seen)):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -1012,10 +808,9 @@ def launch(settings):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path[:3], path]))
     server.set_forkserver_preload([__name__])
 
-    def start(out, rank=0, world=1, die=None, **changed):
-        process = server.Process(
-            target=rank_process, args=(settings | changed | dict(out=str(out)), rank, world, die)
-        )
+    def start(out, rank=0, world=1, die=None, meet=None, **changed):
+        chosen = settings | changed | dict(out=str(out))
+        process = server.Process(target=rank_process, args=(chosen, rank, world, die, meet))
         process.start()
         return process
 
@@ -1115,16 +910,11 @@ def test_a_run_killed_at_each_of_its_writes_goes_on(settings, launch, tmp_path):
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
         names.append(sorted(path.name for path in out.iterdir()))
-    parts = [{name for name in found if name.endswith(".part")} for found in names]
-    assert set().union(*parts) == {f"{name}.part" for name in expected}
-    assert [len(found) for found in parts] == [1, 0] * 6
-    for found, part in zip(names, parts):
-        assert not part & {
-            f"{name}.part" for name in found
-        }  # what is unfinished does not bear its name
-    assert [len(found) for found in names[1::2]] == [1, 2, 3, 4, 5, 6]
-    assert contents(out) == expected
-    finish_all([launch(out, shard=8)])
+    finished = [[name for name in found if not name.endswith(".part")] for found in names]
+    assert [len(found) for found in finished] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
+    unfinished = {name.split(".npy")[0].split(".txt")[0].split(".json")[0] for name in names[-1]}
+    assert unfinished == {name.split(".")[0] for name in expected}
+    finish_all([launch(out, shard=8)])  # which also removes what the others left unfinished
     assert contents(out) == expected
 
 
@@ -1169,16 +959,30 @@ def test_ranks_killed_and_restarted_in_another_number_make_the_same_store(launch
     assert contents(out) == whole
 
 
-def test_the_store_fingerprints_the_image_files(world, store, samples):
-    files = [(world / "images" / s["image"]).read_bytes() for s in samples]
-    assert records(store)["crc"].tolist() == [zlib.crc32(content) for content in files]
+def test_two_runs_into_one_folder_make_the_same_store(launch, whole, tmp_path):
+    """Each holds a file that it is about to rename while the other does."""
+    meet = server.Barrier(2)
+    finish_all([launch(tmp_path / "labels", meet=meet, shard=4) for _ in range(2)])
+    assert contents(tmp_path / "labels") == whole
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(error)):
+        labels.write_file(tmp_path / "words.npy", np.zeros(3))
+    assert contents(tmp_path) == {}
 
 
 def test_check_names_what_differs(store, samples):
     geo = dict(size=30, mode="square", mean=MEAN, std=STD)
     LabelStore(store).check(samples, geo, (5, 5))
     for field, *arguments in [
-        ("manifest", samples[::-1], geo, (5, 5)),
+        ("images", samples[:9], geo, (5, 5)),
+        ("image_list", samples[::-1], geo, (5, 5)),
         ("size", samples, geo | {"size": 60}, (5, 5)),
         ("mode", samples, geo | {"mode": "squash"}, (5, 5)),
         ("grid", samples, geo, (5, 6)),
@@ -1187,29 +991,103 @@ def test_check_names_what_differs(store, samples):
             LabelStore(store).check(*arguments)
 
 
-@pytest.mark.parametrize(
-    "ids, scores", [(65535, 0.5), (3, 0.0), (3, -0.5), (3, float("nan")), (3, 0.5)]
-)
-def test_labels_that_train_nothing_are_refused(copy, samples, ids, scores):
-    """None at all, scores of zero, negative or NaN, and one word everywhere."""
-    for file in copy.glob("labels-*.npy"):
-        found = np.load(file)
-        found["ids"] = ids
-        found["scores"] = scores
-        np.save(file, found)
-    geo = dict(size=30, mode="square", mean=MEAN, std=STD)
-    with pytest.raises(UserError, match="of the patches have a label; SEA needs 1 % at least, and"):
-        LabelStore(copy).check(samples, geo, (5, 5))
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf, 1.5, -0.5, 0.0])
+def test_a_score_that_is_no_positive_cosine_is_refused(store, copy, samples, score):
+    """As soon as it is read: one label of one image."""
+    file = copy / "labels-00001.npy"
+    found = np.load(file)
+    ids = found["ids"][3]
+    patch = np.flatnonzero(ids[:, 0] != -1)[0]
+    found["scores"][3, patch, 0] = score
+    np.save(file, found)
+    damaged = LabelStore(copy)
+    message = f"copy: a label of image 13 has the score {score}, no cosine above 0; the store is"
+    with pytest.raises(UserError, match=message):
+        damaged[13]
+    for i in set(range(24)) - {13}:
+        assert all(x.equal(y) for x, y in zip(damaged[i], LabelStore(store)[i]))
 
 
-def test_equal_words_are_sorted_by_their_ids():
-    """Of 4,097 words the last is alone in its block, where a matrix product rounds otherwise."""
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        word = F.normalize(torch.randn(1, 768, generator=rng), dim=1)
-        patch = F.normalize(torch.randn(768, generator=rng), dim=0)
-        ids, scores = labels._sort(patch, word.expand(4097, -1), 4097)
-        assert ids.tolist() == list(range(4097)) and len(scores.unique()) == 1
+def test_a_score_may_be_1_and_what_rounding_adds(tmp_path):
+    scores = np.float16([1, 1.001]).reshape(1, 1, 2)
+    folder = hand_store(tmp_path / "labels", ["red", "sky"], np.array([[[0, 1]]]), scores)
+    assert LabelStore(folder)[0][1].flatten().tolist() == [1, 1 + 2**-10]
+
+
+def test_scores_that_float16_cannot_tell_from_0_are_no_labels(settings, tmp_path):
+    """Unit vectors times 2e-8: of cosines above 0 float16 makes 0 or, from 3e-8 on, 6e-8."""
+    out = world_store(settings, tmp_path / "labels")
+    for file in out.glob("labels-*"):
+        file.unlink()
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps(meta | dict(min_score=0.0)))
+    np.save(out / "words.npy", 2e-8 * np.load(out / "words.npy"))
+    with pytest.raises(UserError, match=r"labels: 0.0% of the patches have a label; try another"):
+        extract(**settings | dict(min_score=0.0), out=str(out))
+    found = records(out)
+    assert (found["ids"] == -1).all() and (found["scores"] == 0).all()
+
+
+def test_extract_says_that_it_has_labelled_nothing(settings, tmp_path):
+    with pytest.raises(UserError, match=r"labels: 0.0% of the patches have a label; try another"):
+        world_store(settings, tmp_path / "labels", min_score=0.99)
+    assert (records(tmp_path / "labels")["ids"] == -1).all()
+
+
+def lift_by_hand(folder, captions):
+    """The median of how often top words stand in their own caption over how often in that of the
+    next image, of the one after it, and so on, five times."""
+    found = records(folder)["ids"][:, :, 0]
+    words = (folder / "words.txt").read_text().split()
+
+    def agreeing(shift):
+        total = 0
+        for i, ids in enumerate(found):
+            caption = re.findall("[a-z]+", captions[(i + shift) % len(captions)])
+            total += sum(words[k] in caption for k in ids if k != -1)
+        return total
+
+    return float(np.median([agreeing(0) / agreeing(shift) for shift in range(1, 6)]))
+
+
+def test_extract_ends_with_the_lift_of_the_captions(settings, samples, tmp_path, capsys):
+    """Random weights label at random. Captions that say what the labels are raise the lift."""
+    out = world_store(settings, tmp_path / "labels")
+    printed = capsys.readouterr().out
+    captions = [sample["conversations"][1]["value"] for sample in samples]
+    lift, share = lift_by_hand(out, captions), (records(out)["ids"][:, :, 0] != -1).mean()
+    assert 0 < lift < 1.2 and 0.1 < share < 0.9
+    assert f"{out}: {share:.1%} of the patches have a label" in printed
+    assert f"a top word stands {lift:.2f} times as often in its image's caption" in printed
+    assert "WARNING" in printed and "--sign 1 or another --path, each with another --out" in printed
+
+    words = (out / "words.txt").read_text().split()
+    for sample, ids in zip(samples, records(out)["ids"][:, :, 0]):
+        counts = np.bincount(ids[ids >= 0], minlength=10)
+        sample["conversations"][1]["value"] = f"{words[counts.argmax()]}, what else?"
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    extract(**settings | dict(data=f"{tmp_path}/data.json"), out=str(out))
+    printed = capsys.readouterr().out
+    captions = [sample["conversations"][1]["value"] for sample in samples]
+    lift = lift_by_hand(out, captions)
+    assert lift > 1.2 and f"{lift:.2f} times as often" in printed and "WARNING" not in printed
+
+
+def test_the_last_process_reports(settings, store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        world_store(settings, tmp_path / "labels")
+        printed = capsys.readouterr().out
+        assert ("of the patches have a label" in printed) == (rank == 1)
+        assert ("rank 0 is done; the last one to finish says" in printed) == (rank == 0)
+    assert same(tmp_path / "labels", store)
+
+
+def test_one_image_has_no_lift(settings, samples, tmp_path, capsys):
+    (tmp_path / "data.json").write_text(json.dumps(samples[:1]))
+    world_store(settings, tmp_path / "labels", data=f"{tmp_path}/data.json")
+    assert "WARNING" not in capsys.readouterr().out
 
 
 FLAGS = dict(
@@ -1217,14 +1095,13 @@ FLAGS = dict(
     sign=1,
     path="value",
     prompt="a {}",
-    center=True,
     min_score=0.1,
     shard=5,
     dtype="bfloat16",
 )
 PREPROCESSING = dict(mean=[0.4] * 3, std=[0.5] * 3, mode="squash")
 EDITED = dict(size=60, grid=[6, 6])  # nothing but another model could change these
-FILES = {"images", "manifest", "words", "weights"}
+FILES = {"images", "image_list", "words", "encoder"}
 
 
 def test_a_damaged_description_is_refused(settings, copy):
@@ -1236,7 +1113,7 @@ def test_a_damaged_description_is_refused(settings, copy):
 def test_every_setting_of_a_store_is_compared(store):
     tested = [*FLAGS, *PREPROCESSING, *EDITED, *FILES]
     assert sorted(tested) == sorted(
-        json.loads((store / "meta.json").read_text()).keys() - {"data", "image_folder", "encoder"}
+        json.loads((store / "meta.json").read_text()).keys() - {"data", "image_folder"}
     )
 
 
@@ -1256,16 +1133,13 @@ def test_extract_into_labels_of_another_setting_is_refused(world, settings, copy
     elif field == "words":
         chosen["words"] = str(tmp_path / "words.txt")
         (tmp_path / "words.txt").write_text((world / "words.txt").read_text() + "extra\n")
-    elif field in ("images", "manifest"):
+    elif field in ("images", "image_list"):
         chosen["data"], samples = str(tmp_path / "data.json"), load_samples(world / "train.json")
         (tmp_path / "data.json").write_text(
             json.dumps(samples[:23] if field == "images" else samples[::-1])
         )
     else:
-        meta["encoder"] = chosen["encoder"] = str(clip)
-        weights = load_file(clip / "open_clip_model.safetensors")
-        weights["visual.proj"].view(-1).view(torch.int32)[-1] ^= 1  # the last bit of a weight
-        save_file(weights, clip / "open_clip_model.safetensors")
+        chosen["encoder"] = str(clip)
     (copy / "meta.json").write_text(json.dumps(meta))
     (copy / "labels-00001.npy").unlink()
     before = contents(copy)
@@ -1277,26 +1151,16 @@ def test_extract_into_labels_of_another_setting_is_refused(world, settings, copy
     assert contents(copy) == before
 
 
-def test_other_weights_have_another_fingerprint(world, settings, store, tmp_path):
-    clip = shutil.copytree(world / "clip", tmp_path / "clip")
-    weights = load_file(clip / "open_clip_model.safetensors")
-    weights["visual.transformer.resblocks.1.mlp.c_fc.weight"][0, 0] += 1
-    save_file(weights, clip / "open_clip_model.safetensors")
-    extract(**settings | dict(encoder=str(clip)), out=str(tmp_path / "labels"))
-    assert LabelStore(tmp_path / "labels").meta["weights"] != LabelStore(store).meta["weights"]
-
-
 def test_data_that_has_moved_is_the_same_data(world, settings, copy, tmp_path):
     moved = shutil.copy(world / "train.json", tmp_path / "moved.json")
-    clip = shutil.copytree(world / "clip", tmp_path / "clip")  # whose weights are compared
-    extract(**settings | dict(data=str(moved), encoder=str(clip)), out=str(copy))
+    extract(**settings | dict(data=str(moved)), out=str(copy))
     assert len(LabelStore(copy)) == 24
 
 
 @pytest.mark.parametrize("what", ["resize_mode", "nan"])
 def test_an_encoder_that_would_label_wrongly_is_refused(world, settings, tmp_path, what):
     clip = shutil.copytree(world / "clip", tmp_path / "clip")
-    message = "resizes images by longest"
+    message = "its resize_mode is longest"
     if what == "nan":
         message = "gives NaN or inf for a word"
         weights = load_file(clip / "open_clip_model.safetensors")
@@ -1350,7 +1214,7 @@ def captions_file(path, captions=CAPTIONS):
         (
             ["--min_count", "2"],
             ["zebra", "the", "Ice cream", "cat", "ant"],
-            OFTEN + ["the", "Ice cream", "ant"],
+            OFTEN + ["ice cream", "ant"],
         ),
     ],
 )
@@ -1375,24 +1239,70 @@ def test_a_word_occurs_five_times_or_more(tmp_path):
     assert not (tmp_path / "none.txt").exists()
 
 
-def test_words_reports_what_it_keeps_and_drops(tmp_path, capsys):
-    (tmp_path / "extra.txt").write_text("cat\nant\nbee\n")
-    main(
-        [
-            "words",
-            "--data",
-            captions_file(tmp_path / "data.json"),
-            "--out",
-            f"{tmp_path}/words.txt",
-            "--min_count",
-            "2",
-            "--extra",
-            f"{tmp_path}/extra.txt",
-        ]
-    )
+def write_list(tmp_path, captions, *flags, extra=None):
+    """The words that labels.py words writes."""
+    if extra is not None:
+        (tmp_path / "extra.txt").write_text("\n".join(extra) + "\n", encoding="utf-8")
+        flags = [*flags, "--extra", f"{tmp_path}/extra.txt"]
+    data = captions_file(tmp_path / "data.json", captions)
+    main(["words", "--data", data, "--out", f"{tmp_path}/words.txt", *flags])
+    written = (tmp_path / "words.txt").read_text(encoding="utf-8").splitlines()
+    assert read_words(tmp_path / "words.txt") == written
+    return written
+
+
+def test_words_reports_the_words_of_each_source(tmp_path, capsys):
+    extra = ["cat", "ant", "bee", "the", "x"]
+    write_list(tmp_path, CAPTIONS, "--min_count", "2", extra=extra)
     out = capsys.readouterr().out
-    words = "dog, apple, cat, red-hot, zebra, ant, bee"
-    assert f"7 words in {tmp_path}/words.txt: {words} ..." in out
+    assert "5 words of the captions: dog, apple, cat, red-hot, zebra\n" in out
+    assert f"2 more of the 5 in {tmp_path}/extra.txt: ant, bee\n" in out
+    assert f"7 words in {tmp_path}/words.txt\n" in out
+
+
+def test_stop_words_and_single_letters_of_neither_source_are_kept(tmp_path):
+    """Lines of 2of12, single letters, contractions and what starts with an apostrophe among them; a
+    phrase goes if it holds nothing else. Without a tagger, adverbs stay."""
+    captions = ["him itself someone others her hers a b himself them themselves anyone dog"]
+    dropped = "the a x will don't ain't we'd weren't would've y'all who've whom somebody Nobody"
+    kept = "quickly 'twas jack-o'-lantern will-o'-the-wisp about-face air-to-air bird's-eye Dog's"
+    extra = [*dropped.split(), *kept.split(), "bird of prey", "of the", "x y", "vitamin C"]
+    expected = [*kept.lower().split(), "bird of prey", "vitamin c"]
+    found = write_list(tmp_path, captions, "--min_count", "1", extra=extra)
+    assert found == ["dog", *expected]
+
+
+def test_marks_belong_to_letters(tmp_path):
+    """Hindi and Bengali vowels, accents that are written apart, and the joiner of Persian."""
+    hindi = ["\u0915\u0941\u0924\u094d\u0924\u093e", "\u0918\u093e\u0938"]  # dog, grass
+    bengali = "\u09ac\u09bf\u09a1\u09bc\u09be\u09b2"  # cat, its ra in two parts, as in NFC
+    persian = "\u0645\u06cc\u200c\u0631\u0648\u062f"  # goes
+    caption = f"{hindi[0]} {hindi[1]}, {bengali}. {persian} cafe\u0301 CAF\u00c9"
+    found = write_list(tmp_path, [caption], "--min_count", "1", extra=["cafe\u0301", hindi[1]])
+    assert found == ["caf\u00e9", *sorted([*hindi, bengali, persian])]
+
+
+def test_a_syllable_of_korean_is_no_single_letter(tmp_path):
+    assert write_list(tmp_path, ["\uac1c a"], "--min_count", "1") == ["\uac1c"]
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "\u4e00\u53ea\u72d7\u5728\u8349\u5730\u4e0a\u8dd1\u3002 LED",  # Chinese
+        "\u0e2a\u0e38\u0e19\u0e31\u0e02\u0e27\u0e34\u0e48\u0e07",  # Thai
+        "\u3053\u306e\u72ac\u306f\u30dc\u30fc\u30eb",  # Japanese
+    ],
+)
+def test_captions_without_spaces_between_words_need_a_list(tmp_path, caption):
+    with pytest.raises(UserError, match="data.json: .* without spaces between words.*--words"):
+        write_list(tmp_path, [caption] * 5)
+    assert not (tmp_path / "words.txt").exists()
+    dog, sky = "\u72d7", "\u0e17\u0e49\u0e2d\u0e07\u0e1f\u0e49\u0e32"
+    found = write_list(
+        tmp_path, [caption, "red door, red door"], "--min_count", "1", extra=[dog, sky]
+    )
+    assert [word for word in found if word != "led"] == ["door", "red", dog, sky]
 
 
 def test_words_of_any_language_and_possessives(tmp_path):
@@ -1400,7 +1310,7 @@ def test_words_of_any_language_and_possessives(tmp_path):
     hyphens only inside."""
     text = (
         "A dog's tail, the DOG’S tail; cats' café Über naïve-éclair "
-        "3d r2d2 under_score -edge- o'clock don't we'll"
+        "3d r2d2 60mph 20th under_score -edge- o'clock don't we'll"
     )
     main(
         [
@@ -1427,22 +1337,9 @@ def test_words_of_any_language_and_possessives(tmp_path):
     assert read_words(tmp_path / "words.txt")[:2] == ["dog", "tail"]  # twice each
 
 
-def test_phrases_are_words_in_a_row(tmp_path):
-    """Stop words, single characters, numbers and punctuation end them, and so does a possessive."""
-    captions = ["A red striped circle, on the green grass", "Red striped circle 5 dog's tail"]
-    flags = ["--out", f"{tmp_path}/words.txt", "--min_count", "1", "--phrase_length"]
-    data = captions_file(tmp_path / "data.json", captions)
-    twice = ["circle", "red", "red striped", "red striped circle", "striped", "striped circle"]
-    once = ["dog", "grass", "green", "green grass", "tail"]
-    main(["words", "--data", data, *flags, "3"])
-    assert read_words(tmp_path / "words.txt") == twice + once
-    main(["words", "--data", data, *flags, "2"])
-    twice.remove("red striped circle")
-    assert read_words(tmp_path / "words.txt") == twice + once
-
-
-def test_a_tagger_leaves_nouns_adjectives_and_verbs(tmp_path, capsys):
-    """Light is a noun after `the`, elsewhere an adverb."""
+def test_a_tagger_leaves_nouns_adjectives_and_verbs(tmp_path):
+    """Of captions and of the other list. Light is a noun after `the`, elsewhere an adverb. spaCy
+    parts words at hyphens: one part that is wanted is enough."""
     nlp = spacy.blank("en")
     ruler = nlp.add_pipe("attribute_ruler")
     for word, pos in [
@@ -1455,6 +1352,9 @@ def test_a_tagger_leaves_nouns_adjectives_and_verbs(tmp_path, capsys):
         ("paris", "PROPN"),
         ("two", "NUM"),
         ("the", "DET"),
+        ("hot", "ADJ"),
+        ("one", "NUM"),
+        ("twenty", "NUM"),
     ]:
         ruler.add([[{"LOWER": word}]], {"POS": pos})
     ruler.add([[{"LOWER": "the"}, {"LOWER": "light"}]], {"POS": "NOUN"}, index=1)
@@ -1462,26 +1362,12 @@ def test_a_tagger_leaves_nouns_adjectives_and_verbs(tmp_path, capsys):
     captions = [
         "The Dog's red dog ran.",
         "The light ran quickly, light, light!",
-        "Two striped dog in Paris",
+        "Two striped dog in Paris, red-hot, twenty-one",
     ]
-    main(
-        [
-            "words",
-            "--data",
-            captions_file(tmp_path / "data.json", captions),
-            "--out",
-            f"{tmp_path}/words.txt",
-            "--min_count",
-            "1",
-            "--tagger",
-            f"{tmp_path}/pipeline",
-            "--phrase_length",
-            "2",
-        ]
-    )
-    expected = ["dog", "ran", "dog ran", "light", "light ran", "red", "red dog", "striped"]
-    assert read_words(tmp_path / "words.txt") == [*expected, "striped dog"]
-    assert ": dog, ran, dog ran, light, light ran, red, " in capsys.readouterr().out
+    extra = ["hot dog", "quickly", "hot-red", "two twenty", "dog"]
+    flags = ["--min_count", "1", "--tagger", f"{tmp_path}/pipeline"]
+    found = write_list(tmp_path, captions, *flags, extra=extra)
+    assert found == ["dog", "ran", "light", "red", "red-hot", "striped", "hot dog", "hot-red"]
 
 
 def test_a_tagger_that_is_not_there_is_refused(tmp_path):
@@ -1501,17 +1387,41 @@ def test_a_tagger_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, line",
+    "line",
     [
-        ("red\nblue\nred\n", "line 3: 'red'"),
-        ("red\n\nblue\n", "line 2: "),
-        ("red\n  \n", "line 2: "),
-        ("red\nblue\n\n", "line 3: "),
+        "0, tench",
+        "n01440764 tench",
+        "['aerosol_can', 'air_conditioner'" + 900 * ", 'alarm_clock'" + "]",
+        "air_conditioner",
+        "St. Bernard",
+        "hot  dog",
+        "hot\tdog",
+        "the dog runs over the grass",
+        "dog-",
+        "--",
+        "\u0301",
+        "m\u00b2",
+        "d" * 51,
     ],
 )
-def test_read_words_names_the_line(tmp_path, text, line):
-    (tmp_path / "words.txt").write_text(text)
-    with pytest.raises(UserError, match=f"words.txt, {line}"):
+def test_a_line_that_is_no_word_is_refused(tmp_path, line):
+    (tmp_path / "words.txt").write_text(f"red\n\nsky\n{line}\ndoor\n", encoding="utf-8")
+    with pytest.raises(UserError, match="words.txt, line 4: ") as e:
+        read_words(tmp_path / "words.txt")
+    assert "is no word: a line holds up to five words" in str(e.value) and len(str(e.value)) < 400
+
+
+def test_spaces_around_words_and_repeats_do_not_count(tmp_path):
+    lines = ["\ufeffred", " dog", "dog ", "", "caf\u00e9", "cafe\u0301", "red", "ice cream", "\t"]
+    lines += ["jack-o\u2019-lantern", "jack-o'-lantern", "t\u2011shirt", "t-shirt", "d" * 50]
+    (tmp_path / "words.txt").write_text("\r\n".join(lines), encoding="utf-8")
+    expected = ["red", "dog", "caf\u00e9", "ice cream", "jack-o'-lantern", "t-shirt", "d" * 50]
+    assert read_words(tmp_path / "words.txt") == expected
+
+
+def test_a_list_without_words_is_refused(tmp_path):
+    (tmp_path / "words.txt").write_text(" \n\n")
+    with pytest.raises(UserError, match="words.txt: the word list is empty"):
         read_words(tmp_path / "words.txt")
 
 
@@ -1568,7 +1478,7 @@ def red_and_blue(tmp_path):
     scores = np.full(ids.shape, 0.5)
     scores[:, :2, 0] = 0.75  # 4 of the 9 scores
     meta = dict(
-        manifest=digest(s["image"] for s in samples),
+        image_list=digest(s["image"] for s in samples),
         size=8,
         mode="square",
         mean=MEAN,
@@ -1579,9 +1489,7 @@ def red_and_blue(tmp_path):
         image_folder=str(tmp_path),
         encoder=str(tmp_path / "clip"),
         prompt="the {}",
-        center=True,
         dtype="float32",
-        weights=weights_crc(load_encoder(str(tmp_path / "clip"))),
     )
 
     def make(name="labels", ids=ids):
@@ -1596,7 +1504,7 @@ def red_and_blue(tmp_path):
 
 
 def test_show_prints_how_many_and_which_words(red_and_blue, tmp_path, capsys):
-    main(["show", "--labels", str(red_and_blue()), "--out", f"{tmp_path}/out.png"])
+    look.main(["labels", "--labels", str(red_and_blue()), "--out", f"{tmp_path}/out.png"])
     printed = capsys.readouterr().out
     assert "2 images, 3 words" in printed
     assert "these labels: 75.0% labelled, lift" in printed  # 6 of 8 patches have a label
@@ -1608,7 +1516,7 @@ def test_show_prints_how_many_and_which_words(red_and_blue, tmp_path, capsys):
 def test_show_of_one_word_and_of_none(red_and_blue, tmp_path, capsys):
     for word, share in ((1, "100.0%"), (-1, "0.0%")):
         folder = red_and_blue(f"labels{word}", ids=np.full((2, 4, 2), word))
-        main(["show", "--labels", str(folder), "--out", f"{tmp_path}/out.html"])
+        look.main(["labels", "--labels", str(folder), "--out", f"{tmp_path}/out.html"])
         printed = capsys.readouterr().out
         assert f"these labels: {share} labelled" in printed
         assert f"{int(word >= 0)} top words" in printed
@@ -1618,16 +1526,25 @@ def test_caption_agreement_by_hand():
     """Of three images two have a word of their own caption, and the first one of the last's."""
     captions = ["A dog, a cat.", "The red car", "one bird and a dog"]
     words = [["dog", "dog", "sky"], ["red car", "", "car"], ["dog cat", "tree", "car red"]]
-    patches = [[[(word, 0.5)] if word else [] for word in of_image] for of_image in words]
+    words = [[word for word in of_image if word] for of_image in words]
     # own: dog twice, car twice. The next one's: none. The one's after it: dog twice.
-    lifts, found = labels.caption_agreement(captions, patches)
+    lifts, found = labels.caption_agreement(captions, words)
     assert lifts.tolist() == [4, 2]
     # of their own captions: dog; car and red car; nothing. Of the others': nothing; dog
     assert found.tolist() == [3, 0, 1]
-    nothing = [[[] for _ in of_image] for of_image in words]
+    nothing = [[] for of_image in words]
     assert [x.tolist() for x in labels.caption_agreement(captions, nothing)] == [[0, 0], [0, 0, 0]]
-    assert len(labels.caption_agreement(captions * 3, patches * 3)[0]) == 5
-    assert labels.caption_agreement(captions[:1], patches[:1])[0].tolist() == [1]  # says nothing
+    assert len(labels.caption_agreement(captions * 3, words * 3)[0]) == 5
+    assert labels.caption_agreement(captions[:1], words[:1])[0].tolist() == [1]  # says nothing
+
+
+def test_caption_agreement_of_words_that_are_no_plain_ones():
+    """A word of Chinese stands anywhere in its caption; others as a whole, case and spelling of
+    letters and apostrophes aside."""
+    captions = ["Cafe\u0301: a shepherd\u2019s pie", "\u4e00\u53ea\u72d7\u5728\u8349\u5730"]
+    words = [["caf\u00e9", "shepherd's pie", "shepherd", "pi", "herd"], ["\u72d7", "\u8349\u5730"]]
+    _, found = labels.caption_agreement(captions, words)
+    assert found.tolist() == [5, 0]
 
 
 def share_by_hand(truth, best):
@@ -1650,9 +1567,9 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
     clip = load_encoder(str(tmp_path / "clip"))
     word_embeds = word_embeddings(clip, ["sky", "wall", "door"], "the {}")
     np.save(folder / "words.npy", word_embeds.numpy())
-    main(
+    look.main(
         [
-            "show",
+            "labels",
             "--labels",
             str(folder),
             "--out",
@@ -1673,7 +1590,6 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
     expected = {"object": 0.75, "background": 0.333, "all": 0.571}
     assert shares_of("these labels:") == f"true: {expected}"
     words, rows = word_embeds.double(), set()
-    words = F.normalize(words - words.mean(0), dim=-1)
     for path in ("last", "value", "vv"):
         for sign in (1, -1):
             best = {}
@@ -1697,21 +1613,21 @@ def test_show_prints_how_true_the_labels_and_all_paths_are(red_and_blue, tmp_pat
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The arguments of each call of figures.draw_words."""
+    """The arguments of each call of look.draw_words."""
     calls = []
-    draw_words = figures.draw_words
+    draw_words = look.draw_words
 
     def noted(*arguments):
         draw_words(*arguments)
         calls.append(arguments)
 
-    monkeypatch.setattr(figures, "draw_words", noted)
+    monkeypatch.setattr(look, "draw_words", noted)
     return calls
 
 
 def test_show_draws_each_image_with_all_its_words(red_and_blue, tmp_path, drawn):
     folder = red_and_blue()
-    main(["show", "--labels", str(folder), "--out", f"{tmp_path}/out.html"])
+    look.main(["labels", "--labels", str(folder), "--out", f"{tmp_path}/out.html"])
     [(panels_of, image_folder, *seen, file)] = drawn
     assert (image_folder, file) == (str(tmp_path), f"{tmp_path}/out.html")
     assert seen == [8, "square", [2, 2]]  # as they were labelled
@@ -1730,7 +1646,9 @@ def test_show_draws_each_image_with_all_its_words(red_and_blue, tmp_path, drawn)
 def test_show_draws_images_from_all_over_the_data(
     world, store, samples, tmp_path, drawn, images, rows
 ):
-    main(["show", "--labels", str(store), "--out", f"{tmp_path}/o.html", "--images", str(images)])
+    look.main(
+        ["labels", "--labels", str(store), "--out", f"{tmp_path}/o.html", "--images", str(images)]
+    )
     [(panels_of, image_folder, size, mode, *_)] = drawn
     assert list(panels_of) == [samples[row]["image"] for row in rows]
     assert (image_folder, size, mode) == (str(world / "images"), 30, "square")
@@ -1738,8 +1656,8 @@ def test_show_draws_images_from_all_over_the_data(
 
 def test_show_refuses_other_samples(world, store, samples, tmp_path, drawn):
     (tmp_path / "data.json").write_text(json.dumps(samples[::-1]))
-    with pytest.raises(UserError, match="made with manifest = .*, this run has manifest = "):
-        main(["show", "--labels", str(store), "--data", f"{tmp_path}/data.json"])
+    with pytest.raises(UserError, match="made with image_list = .*, this run has image_list = "):
+        look.main(["labels", "--labels", str(store), "--data", f"{tmp_path}/data.json"])
     assert not drawn
 
 
@@ -1750,16 +1668,16 @@ def test_show_finds_data_that_has_moved(world, settings, samples, tmp_path, draw
     store = world_store(settings, tmp_path / "labels", **changed)
     shutil.move(images, tmp_path / "elsewhere")
     shutil.move(tmp_path / "data.json", tmp_path / "moved.json")
-    arguments = ["show", "--labels", str(store), "--data", f"{tmp_path}/moved.json"]
+    arguments = ["labels", "--labels", str(store), "--data", f"{tmp_path}/moved.json"]
     arguments += ["--out", f"{tmp_path}/out.html"]
     with pytest.raises(UserError, match="images/0.png: cannot read the image"):
-        main(arguments)
-    main([*arguments, "--image_folder", f"{tmp_path}/elsewhere"])
+        look.main(arguments)
+    look.main([*arguments, "--image_folder", f"{tmp_path}/elsewhere"])
     assert len(drawn) == 1
 
 
 def test_show_of_the_tiny_world(store, tmp_path, capsys):
-    main(["show", "--labels", str(store), "--out", f"{tmp_path}/out.html", "--images", "3"])
+    look.main(["labels", "--labels", str(store), "--out", f"{tmp_path}/out.html", "--images", "3"])
     assert (tmp_path / "out.html").read_text().count("data:image/png") == 3
     share = np.mean(
         [(LabelStore(store)[i][0] >= 0).any(-1).float().mean().item() for i in range(24)]
@@ -1788,7 +1706,6 @@ def test_extract_from_the_command_line(settings, store, tmp_path):
         ),
         (["words", "--data", "x", "--out", "y", "--min", "3"], "unrecognized arguments: --min"),
         (["words", "--data", "x"], "required: --out"),
-        (["show", "--labels", "x", "--images", "many"], "--images: invalid int"),
         (
             ["extract", "--data", "x", "--words", "x", "--out", "x", "--path", "v"],
             "invalid choice: 'v'",
@@ -1805,7 +1722,6 @@ def test_flags_that_do_not_exist_are_refused(capsys, arguments, message):
 def test_errors_name_the_file_or_the_flag(settings, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in [
-        (["show", "--labels", f"{tmp_path}/nowhere"], "nowhere: no label store"),
         (
             command(settings, tmp_path / "out", data=tmp_path / "no.json"),
             "no.json: no such data file",
@@ -1826,7 +1742,17 @@ def test_errors_name_the_file_or_the_flag(settings, tmp_path):
             command(settings, tmp_path / "out", encoder=tmp_path / "empty"),
             "--encoder .*empty: cannot be loaded",
         ),
-        (command(settings, tmp_path / "out", min_score=-0.1), "--min_score"),
+        *[
+            (
+                command(settings, tmp_path / "out", min_score=score),
+                f"--min_score {score}: must be 0",
+            )
+            for score in (-0.1, 1.0, 5.0)
+        ],
+        (
+            command(settings, tmp_path / "out", min_score="nan"),
+            "--min_score must be .*, not nan",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             main(arguments)
@@ -1858,7 +1784,7 @@ def test_a_bad_image_ends_the_command_with_one_line_that_names_it(
         rf"error: {re.escape(str(images))}/9.png: (cannot read|not a readable) .*", e.value.code
     )
     with pytest.raises(
-        UserError, match="only 8 of 24"
+        UserError, match="4 of 6 files are missing"
     ):  # the files before that of the bad image are there
         LabelStore(tmp_path / "out")
     shutil.copy(world / "images/9.png", images)

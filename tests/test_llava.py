@@ -34,9 +34,8 @@ from transformers import (
 )
 
 import eval as evaluation
-import labels
 import train
-from data import IGNORE, LlavaDataset, UserError, vision_preprocess
+from data import IGNORE, LlavaDataset, UserError, digest, vision_preprocess
 from model import load_llm, load_model
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -158,17 +157,18 @@ def fake_labels(folder, samples, images, size, mode):
     meta = dict(
         images=len(samples),
         shard=256,
-        manifest=labels.digest(s["image"] for s in samples),
+        image_list=digest(s["image"] for s in samples),
         size=size,
         mode=mode,
         grid=[side, side],
         n=2,
-        words=labels.digest(WORDS),
+        words=digest(WORDS),
     )
-    records = np.zeros(len(samples), labels.record_type(len(WORDS), side * side, 2))
+    shape = (side * side, 2)
+    record = np.dtype([("ids", np.int32, shape), ("scores", np.float16, shape)])
+    records = np.zeros(len(samples), record)
     records["ids"] = rng.integers(0, len(WORDS), records["ids"].shape)
-    records["scores"] = rng.random(records["scores"].shape)
-    records["crc"] = [labels.read_image(images / s["image"])[1] for s in samples]
+    records["scores"] = rng.uniform(0.01, 1, records["scores"].shape)
     folder.mkdir()
     np.save(folder / "labels-00000.npy", records)
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -378,8 +378,30 @@ def change_config(folder, fields):
 
 
 def test_an_llm_that_llava_cannot_hold_is_refused(parts, tmp_path):
-    with pytest.raises(UserError, match="Gemma2ForCausalLM does not fit .*final_logit_softcapping"):
+    with pytest.raises(UserError, match="Gemma2ForCausalLM does not fit .*LM head as they are"):
         train.main(pretrain_flags(parts, "gemma-2", "siglip", tmp_path / "one"))
+
+
+def test_a_llava_folder_whose_llm_changes_its_logits_is_refused(parts, tmp_path):
+    """Granite has Llama's weights."""
+    train.main(["--export", *pretrain_flags(parts, "vicuna", "clip", tmp_path), "--max_steps", "1"])
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    granite = config["text_config"] | {"model_type": "granite", "logits_scaling": 8.0}
+    folder = change_config(tmp_path / "model", {"text_config": granite})
+    with pytest.raises(UserError, match=f"{folder}: GraniteForCausalLM .*LM head as they are"):
+        load_model(folder)
+
+
+def test_a_llava_folder_needs_no_parts(parts, tmp_path):
+    train.main(["--export", *pretrain_flags(parts, "gemma", "clip", tmp_path), "--max_steps", "1"])
+    folder = change_config(tmp_path / "model", {})
+    init = f"--stage finetune --init {folder}"
+    for part in ("--llm", "--vision"):
+        cfg = train.parse_config(f"{init} {part} {parts}/clip".split())
+        with pytest.raises(UserError, match="--llm and --vision are not needed"):
+            train.build_model(cfg, torch.device("cpu"))
+        with pytest.raises(UserError, match="--llm and --vision are not needed"):
+            evaluation.main(f"chat --model {folder} {part} {parts}/clip".split())
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])

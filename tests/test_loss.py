@@ -69,13 +69,6 @@ def test_float16_scores_do_not_lose_an_unlikely_label():
     check_frequencies(drawn, {0: 0.9996, 1: 0.0004})
 
 
-@pytest.mark.parametrize("noise, expected", [(0.0, 11), (1 - 2**-24, 13)])
-def test_extreme_noise_reaches_no_label_of_probability_zero(monkeypatch, noise, expected):
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, noise))
-    ids = torch.tensor([-1, 10, 11, 12, 13, 14, -1])
-    assert sample_labels(ids, torch.tensor([0.3, 0.0, 0.1, 0.7, 0.1, -0.2, 0.3])) == expected
-
-
 @few
 @given(st.data())
 def test_any_leading_shape_and_mixed_entries(d):
@@ -96,24 +89,6 @@ def test_the_generator_decides_the_labels():
     ids, scores = torch.arange(1000).expand(50, -1), torch.ones(50, 1000)
     first, again, other = (sample_labels(ids, scores, seeded(s)) for s in (1, 1, 2))
     assert first.equal(again) and not first.equal(other)
-
-
-@pytest.mark.parametrize(
-    "sample",
-    [
-        lambda g: sample_labels(
-            torch.arange(500).expand(len(g), 9, -1), torch.ones(len(g), 9, 500), g
-        ),
-        lambda g: sample_windows(torch.ones(len(g), 24, 23, dtype=torch.bool), 4, g),
-    ],
-    ids=["labels", "windows"],
-)
-def test_a_list_of_generators_makes_images_independent_of_their_batch(sample):
-    together = sample([seeded(s) for s in (3, 4, 5)])
-    for row, s in enumerate((3, 4, 5)):
-        assert together[row].equal(sample([seeded(s)])[0])
-    assert sample([seeded(5), seeded(3)]).equal(together[[2, 0]])
-    assert not together[0].equal(together[1])
 
 
 # --------------------------------------------------------------------------------- sample_windows
@@ -170,7 +145,7 @@ def test_each_label_once_and_none_never(labels, seed, with_priority):
     assert sorted(labels[i] for i in kept) == sorted(set(labels) - {-1})
     if with_priority:
         for i in kept:
-            assert priority[i] == priority[ids == labels[i]].min()
+            assert priority[i] == priority[ids == labels[i]].max()
 
 
 def test_every_patch_of_a_label_is_as_likely():
@@ -182,10 +157,10 @@ def test_every_patch_of_a_label_is_as_likely():
     check_frequencies(kept[:, 0] * 10 + kept[:, 1], expected)
 
 
-def test_lowest_priority_wins_and_equal_ones_by_position():
+def test_highest_priority_wins_and_of_equal_ones_the_last():
     labels = torch.tensor([8, 2, 8, 2, -1, 8, 4, 4])
-    priority = torch.tensor([0.5, 0.1, 0.2, 0.9, 0.0, 0.3, 0.7, 0.7])
-    assert sorted(one_patch_per_label(labels, priority=priority).tolist()) == [1, 2, 6]
+    priority = torch.tensor([0.5, 0.9, 0.8, 0.1, 1.0, 0.7, 0.3, 0.3])
+    assert sorted(one_patch_per_label(labels, priority=priority).tolist()) == [1, 2, 7]
 
 
 # ---------------------------------------------------------------------------------- word features
@@ -214,7 +189,9 @@ def test_a_word_is_the_mean_of_its_tokens(dtype, result):
     rows = table.detach().double()
     exact = torch.stack([sum(rows[token] for token in word) / len(word) for word in WORD_TOKENS])
     assert features.dtype == result
-    torch.testing.assert_close(features.double(), exact, rtol=1e-6, atol=1e-6)
+    # the mean has the precision of the table
+    rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-6
+    torch.testing.assert_close(features.double(), exact, rtol=rounding, atol=1e-6)
     grad = torch.zeros(9, 6, dtype=torch.float64)
     for word, up in zip(WORD_TOKENS, upstream):
         for token in word:
@@ -303,57 +280,6 @@ def test_log_scale_may_have_a_dimension():
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        [slice(0, 3), slice(3, 7)],
-        [slice(0, 0), slice(0, 7)],
-        [torch.tensor(rows, dtype=torch.int64) for rows in ([5, 0], [1, 2, 6], [4, 3], [])],
-    ],
-    ids=["slices", "empty part", "indices"],
-)
-def test_parts_add_up_to_the_loss(parts):
-    inputs = pairs(7, dtype=torch.float64)
-    exact_inputs = in_float64(*inputs)
-    total = sum(contrastive_loss(*inputs, rows=part) for part in parts)
-    exact = naive_loss(*exact_inputs)
-    torch.testing.assert_close(total, exact)
-    for grad, exact_grad in zip(gradients(total, inputs), gradients(exact, exact_inputs)):
-        torch.testing.assert_close(grad, exact_grad)
-
-
-@pytest.mark.parametrize("to_words", [0.0, 0.25, 1.0])
-def test_each_direction_by_itself(to_words):
-    """Of the two sums of Eq. 11 the first alone, the second alone, or both with other weights."""
-    inputs = x, t, log_scale = pairs(4, dtype=torch.float64, scale=3)
-    words = images = 0.0
-    for i in range(4):
-        cos_x = [torch.cosine_similarity(x[i], t[j], dim=0) * log_scale.exp() for j in range(4)]
-        cos_t = [torch.cosine_similarity(x[j], t[i], dim=0) * log_scale.exp() for j in range(4)]
-        words = words - torch.stack(cos_x).log_softmax(0)[i] / 4
-        images = images - torch.stack(cos_t).log_softmax(0)[i] / 4
-    exact = to_words * words + (1 - to_words) * images
-    loss = contrastive_loss(*inputs, to_words=to_words)
-    torch.testing.assert_close(loss, exact)
-    for grad, exact_grad in zip(gradients(loss, inputs), gradients(exact, inputs)):
-        torch.testing.assert_close(grad, exact_grad)
-    assert abs(words - images) > 0.05
-
-    table, ids = t.detach(), torch.arange(4).view(1, 4, 1)
-    options = dict(window=1, generator=seeded(0), to_words=to_words)
-    through, _ = sea_loss(
-        x[None], ids, torch.ones(1, 4, 1), Words(table), log_scale, (2, 2), **options
-    )
-    torch.testing.assert_close(through, exact)
-
-
-def test_a_part_answers_for_its_own_rows_and_columns():
-    x, t, log_scale = pairs(3, dtype=torch.float64)
-    scores = F.normalize(x, dim=-1) @ F.normalize(t, dim=-1).T * log_scale.exp()
-    expected = -(scores.log_softmax(1)[1, 1] + scores.log_softmax(0)[1, 1]) / 6
-    torch.testing.assert_close(contrastive_loss(x, t, log_scale, rows=slice(1, 2)), expected)
-
-
 def test_autocast_changes_nothing():
     inputs = pairs(9)
     plain = contrastive_loss(*inputs)
@@ -382,6 +308,16 @@ def test_order_of_the_pairs_does_not_matter():
     assert abs(contrastive_loss(x[order], t, log_scale) - loss) > 0.1
 
 
+def test_where_the_loss_begins_and_where_it_ends_at_tau_1():
+    """4,608 pairs: no cosine but 0, then those of pairs 1 and all others 0, by hand."""
+    N = 4608
+    words = torch.eye(N + 1)
+    begin = contrastive_loss(words[-1].expand(N, -1), words[:N], torch.tensor(0.0))
+    end = contrastive_loss(words[:N], words[:N], torch.tensor(0.0))
+    assert abs(begin - math.log(N)) < 1e-3 and abs(begin - 8.4) < 0.05
+    assert abs(end - (math.log(N - 1 + math.e) - 1)) < 1e-3 and abs(end - 7.4) < 0.05
+
+
 # --------------------------------------------------------------------------------------- sea_loss
 
 
@@ -396,10 +332,10 @@ class Words:
         return self.table[labels]
 
 
-def matches(x, t):
-    """How many x have their own t as the nearest."""
+def matched(x, t):
+    """The share of x that have their own t as the nearest."""
     cos = F.normalize(x, dim=-1) @ F.normalize(t, dim=-1).T
-    return sum(int(row.argmax()) == i for i, row in enumerate(cos))
+    return pytest.approx(sum(int(row.argmax()) == i for i, row in enumerate(cos)) / len(x))
 
 
 # B = 2 images of 3 x 5 patches. window 1: five labelled patches in each; 2 and 4: one labelled
@@ -438,7 +374,7 @@ def test_sea_loss_is_the_loss_of_all_labelled_patches_when_nothing_is_left_to_ch
         torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-5)
     assert sorted(words.labels) == sorted(label_of.tolist())
     assert log["pairs"] == len(patches)
-    assert log["matched"] == matches(x.flatten(0, 1)[patches], table[label_of])
+    assert log["matched"] == matched(x.flatten(0, 1)[patches], table[label_of])
 
 
 @few
@@ -483,7 +419,7 @@ def test_sea_loss_of_random_labels(d):
     exact = naive_loss(base[kept], table[kept], log_scale)
     (exact_grad,) = gradients(exact, base)
     torch.testing.assert_close(loss, exact)
-    assert log["matched"] == matches(base[kept], table[kept])
+    assert log["matched"] == matched(base[kept], table[kept])
 
     used = (grad != 0).any(-1)  # a single pair has no gradient
     assert not used[label < 0].any()
@@ -516,62 +452,6 @@ def test_labels_follow_their_scores_within_sea_loss():
     scores = torch.tensor([0.75, 0.25]).expand(1500, 1, 2)
     sea_loss(x, ids, scores, words, torch.tensor(0.0), (1, 1), 2, seeded(2))
     check_frequencies(torch.tensor(words.labels) % 2, {0: 0.75, 1: 0.25})
-
-
-def test_uniform_sampling_draws_all_labels_with_a_score_alike():
-    words = Words(torch.randn(4500, 4, generator=seeded(0)))
-    x = torch.randn(1500, 1, 4, generator=seeded(1))
-    ids = torch.arange(4500).view(1500, 1, 3)
-    scores = torch.tensor([0.75, 0.25, 0.0]).expand(1500, 1, 3)
-    options = dict(window=2, generator=seeded(2), sampling="uniform")
-    sea_loss(x, ids, scores, words, torch.tensor(0.0), (1, 1), **options)
-    check_frequencies(torch.tensor(words.labels) % 3, {0: 0.5, 1: 0.5})
-
-
-def test_without_one_per_label_every_labelled_patch_is_a_pair():
-    g = seeded(0)
-    labels = torch.tensor([[4, 1, -1, 4], [1, 0, 4, -1]])
-    x = torch.randn(2, 4, 6, generator=g, dtype=torch.float64).requires_grad_()
-    table = torch.randn(5, 6, generator=g, dtype=torch.float64).requires_grad_()
-    log_scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
-    words, scores = Words(table), torch.ones(2, 4, 1)
-    options = dict(window=1, generator=g, one_per_label=False)
-    loss, log = sea_loss(x, labels.unsqueeze(-1), scores, words, log_scale, (2, 2), **options)
-    is_pair = labels >= 0
-    exact = naive_loss(x[is_pair], table[labels[is_pair]], log_scale)
-    torch.testing.assert_close(loss, exact)
-    inputs = (x, table, log_scale)
-    for grad, exact_grad in zip(gradients(loss, inputs), gradients(exact, inputs)):
-        torch.testing.assert_close(grad, exact_grad)
-    assert words.labels == [4, 1, 4, 1, 0, 4] and log["pairs"] == 6
-
-
-def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch():
-    """Labels of different images are disjoint here.
-
-    So one_patch_per_label does not tie the images together.
-    """
-    g = seeded(0)
-    ids = torch.randint(20, (3, 36, 4), generator=g) + 20 * torch.arange(3).view(3, 1, 1)
-    scores, x = torch.rand(3, 36, 4, generator=g), torch.randn(3, 36, 8, generator=g)
-    table = torch.randn(60, 8, generator=g)
-
-    def draw(images):
-        tokens, words = x[images].requires_grad_(), Words(table)
-        generators, log_scale = [seeded(10 + image) for image in images], torch.tensor(0.0)
-        loss, _ = sea_loss(
-            tokens, ids[images], scores[images], words, log_scale, (6, 6), 2, generators
-        )
-        used = (gradients(loss, tokens)[0] != 0).any(-1)
-        drawn = {}  # image -> its words, its patches
-        for row, image in enumerate(images):
-            own = [w for w in sorted(words.labels) if w // 20 == image]
-            drawn[image] = own, used[row].nonzero().flatten().tolist()
-        return drawn
-
-    together = draw([0, 1, 2])
-    assert len(together[0][0]) > 3 and together[0][1] != together[1][1]
-    assert together == draw([0]) | draw([1]) | draw([2]) == draw([2, 0, 1])
 
 
 def test_the_generator_decides_sea_loss():
@@ -620,7 +500,7 @@ def test_bfloat16_visual_tokens_give_a_float32_loss():
 def test_shapes_that_do_not_fit_are_refused(tokens, labels, grid):
     x, words = torch.zeros(*tokens, 4), Words(torch.ones(1, 4))
     ids, scores = torch.zeros(*labels, 3, dtype=torch.int64), torch.ones(*labels, 3)
-    with pytest.raises((ValueError, RuntimeError), match="visual tokens .* for labels|view|shape"):
+    with pytest.raises((ValueError, RuntimeError), match="visual tokens .* for labels|unflatten"):
         sea_loss(x, ids, scores, words, torch.tensor(0.0), grid)
 
 

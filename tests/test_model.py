@@ -1,40 +1,46 @@
 """model.py against every row by hand, transformers' own classes and step-by-step decoding."""
 
+import dataclasses
+import itertools
 import json
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    CohereConfig,
     Dinov2Config,
     Dinov2Model,
-    Gemma2Config,
     GemmaConfig,
     GemmaForCausalLM,
-    GPT2Config,
-    GraniteConfig,
-    OPTConfig,
-    PhiConfig,
+    LlavaForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 import data
+import eval as evaluation
+import train
 from data import LlavaDataset, UserError, collate
 from labels import LabelStore
 from model import (
     SEAModel,
+    absolute,
     adapter_state,
     assemble,
+    full_state,
+    load_llm,
     load_model,
     load_vision,
     new_model,
+    part_digest,
     refuse_llm,
     save_adapter,
+    save_llava,
 )
 
 
@@ -118,27 +124,16 @@ def test_a_batch_without_trained_tokens_has_loss_0_and_a_graph(model, batch):
 
 
 def test_word_features_are_means_of_embeddings(model, llm):
-    features = model.word_features(torch.tensor([8, 0, 8]))
+    features = model.label_features(torch.tensor([8, 0, 8]))
     for feature, j in zip(features, (8, 0, 8)):
         rows = [llm.get_input_embeddings().weight[t] for t in model.word_token_ids[j]]
         assert torch.allclose(feature, sum(rows) / len(rows))
-    assert model.word_features(torch.empty(0, dtype=torch.int64)).shape == (0, 24)
-
-
-def test_the_feature_of_a_word_may_be_its_first_token(model, llm, labels):
-    words = ["red", "redred red"]
-    model.set_words(words, max_tokens=1)
-    both = model.word_features(torch.tensor([0, 1]))
-    model.set_words(words)
-    first_token = llm.get_input_embeddings().weight[model.word_token_ids[1][0]]
-    assert len(model.word_token_ids[1]) > 1 and torch.equal(both[1], first_token)
-    assert not torch.equal(both[1], model.word_features(torch.tensor([1]))[0])
-    model.set_words(LabelStore(labels).words)
+    assert model.label_features(torch.empty(0, dtype=torch.int64)).shape == (0, 24)
 
 
 def test_alignment_loss_reaches_the_adapter_and_the_temperature(model, batch):
     model.zero_grad()
-    out = model(**batch, generator=[torch.Generator().manual_seed(i) for i in range(4)])
+    out = model(**batch, generator=torch.Generator().manual_seed(0))
     out["loss_a"].backward()
     assert out["pairs"] > 1 and model.log_scale.grad.abs() > 0
     assert all(p.grad.abs().sum() > 0 for p in model.adapter.parameters())
@@ -260,30 +255,255 @@ def test_gemma_scales_inside_its_embedding_and_so_does_the_adapter(world):
     assert model.adapter.output_scale == 4  # √16
     model.set_words(["red"])
     rows = llm.get_input_embeddings().weight[model.word_token_ids[0]]
-    feature = model.word_features(torch.tensor([0]))[0]
+    feature = model.label_features(torch.tensor([0]))[0]
     assert torch.allclose(feature, 4 * rows.mean(0))
     seen = llm.get_input_embeddings()(torch.tensor(model.word_token_ids[0]))
     assert torch.allclose(feature, seen.mean(0))
 
 
+# Logits as large as a trained LLM's, where softcapping is seen.
+LARGE = SMALL | dict(num_key_value_heads=1, head_dim=8, initializer_range=0.3, pad_token_id=0)
+CHANGED = "takes the logits from the LM head as they are"
+PER_LAYER = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=400)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "config, reason",
+    "kind, own, reason",
     [
-        (Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8), "final_logit_softcapping"),
-        (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling"),
-        (CohereConfig(**SMALL), "logit_scale"),
-        (GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2), "takes a decoder with"),
-        (OPTConfig(vocab_size=400, hidden_size=16, ffn_dim=32, num_hidden_layers=1,
-                   num_attention_heads=2, word_embed_proj_dim=16), "takes a decoder with"),
-        (PhiConfig(**SMALL), "LM head without bias"),
+        ("gemma2", {}, CHANGED),  # softcapping
+        ("recurrent_gemma", dict(lru_width=16), CHANGED),
+        ("granite", dict(logits_scaling=8.0), CHANGED),
+        ("cohere", {}, CHANGED),
+        ("gemma4_text", PER_LAYER, "gives the decoder embeddings of any kind, and no ids"),
+        ("gpt2", {}, "takes a decoder with"),
+        ("opt", dict(ffn_dim=32, word_embed_proj_dim=16), "takes a decoder with"),
+        ("phi", {}, "LM head without bias"),
     ],
-)  # fmt: skip
-def test_an_llm_that_llava_would_compute_otherwise_is_refused(config, reason):
-    llm = AutoModelForCausalLM.from_config(config)
+)
+def test_an_llm_that_llava_would_compute_otherwise_is_refused(kind, own, reason, dtype):
+    config = AutoConfig.for_model(kind, **LARGE | own)
+    llm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with pytest.raises(UserError, match=f"{type(llm).__name__} does not fit .*{reason}") as e:
         refuse_llm(llm)
     assert "\n" not in str(e.value)
 
 
-def test_an_llm_whose_settings_change_nothing_is_taken():
-    refuse_llm(AutoModelForCausalLM.from_config(GraniteConfig(**SMALL, logits_scaling=1.0)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind",
+    # Granite's scaling is 1 by default
+    ["llama", "gemma", "gemma3_text", "phi3", "qwen2", "qwen3", "qwen3_moe", "mistral", "granite"],
+)
+def test_an_llm_that_llava_computes_alike_is_taken(kind, dtype):
+    config = AutoConfig.for_model(kind, **LARGE)
+    refuse_llm(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+
+
+# ----------------------------------------------------------------------------- where parts lie
+
+
+def another_llm(world, folder):
+    """The same LLM with other weights, in a folder."""
+    shutil.copytree(world / "llm", folder)
+    torch.manual_seed(5)
+    config = AutoConfig.from_pretrained(world / "llm")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def moved(world, tmp_path, monkeypatch):
+    """A folder with toy/llm, toy/vision and out/, an adapter that was trained there.
+
+    We stand in elsewhere/, where another toy/llm lies.
+    """
+    shutil.copytree(world / "llm", tmp_path / "toy/llm")
+    shutil.copytree(world / "vision", tmp_path / "toy/vision")
+    monkeypatch.chdir(tmp_path)
+    model = new_model("toy/vision", "toy/llm")
+    (tmp_path / "out").mkdir()
+    save_adapter(tmp_path / "out", adapter_state(model), model.parts | {"image_mode": "square"})
+    another_llm(world, tmp_path / "elsewhere/toy/llm")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def test_an_adapter_finds_its_parts_from_another_folder(moved, llm):
+    loaded = load_model("../out")
+    assert torch.equal(loaded.embed_tokens.weight[: llm.vocab_size], llm.model.embed_tokens.weight)
+    with safe_open(moved / "out/adapter.safetensors", "pt") as header:
+        saved = header.metadata()
+    assert saved["llm"] == f"{moved}/toy/llm" and saved["vision"] == f"{moved}/toy/vision"
+    # a GGUF file in the hub's cache is a link to a file of another name
+    (moved / "a.gguf").symlink_to(moved / "out/adapter.safetensors")
+    assert absolute("../a.gguf").endswith("/a.gguf") and absolute("org/name") == "org/name"
+
+
+@pytest.mark.parametrize("part", ["llm", "vision"])
+def test_parts_that_have_moved_are_named_and_found_by_a_flag(moved, llm, world, part):
+    (moved / "toy" / part).rename(moved / "new")
+    gone = f"its {part} {moved}/toy/{part} is gone; say where it is: --{part}"
+    captions = f"--data {world}/train.json --image_folder {world}/images"
+    command = f"tacs --model {moved}/out {captions} --samples 1"
+    finetune = f"--stage finetune --init {moved}/out"
+    cfg = train.parse_config(finetune.split())
+    for run in (
+        lambda: load_model("../out"),
+        lambda: evaluation.main(command.split()),
+        lambda: train.build_model(cfg, torch.device("cpu")),
+    ):
+        with pytest.raises(UserError, match=gone):
+            run()
+    new = f"--{part} {moved}/new"
+    assert evaluation.main(f"{command} {new}".split())["pairs"] == 1
+    cfg = train.parse_config(f"{finetune} {new}".split())
+    saved = dataclasses.asdict(cfg) | {"llm": "", "vision": ""}
+    train.refuse_other_flags({"llm": cfg.llm, "vision": cfg.vision}, saved)  # --resume may say it
+    model, _ = train.build_model(cfg, torch.device("cpu"))
+    assert torch.equal(model.embed_tokens.weight[: llm.vocab_size], llm.model.embed_tokens.weight)
+
+
+def test_another_part_at_the_same_place_is_refused(moved, world, capsys):
+    (moved / "toy/llm").rename(moved / "kept")
+    (moved / "elsewhere/toy/llm").rename(moved / "toy/llm")
+    with pytest.raises(UserError, match=f"{moved}/toy/llm is not the llm .*where .*: --llm"):
+        load_model("../out")
+    assert load_model("../out", llm="../kept").parts["llm"].endswith("/kept")
+
+    tokenizer = AutoTokenizer.from_pretrained(moved / "kept")
+    tokenizer.add_tokens(["door"])
+    tokenizer.save_pretrained(moved / "kept")
+    with pytest.raises(UserError, match="/kept is not the llm that the adapter"):
+        load_model("../out", llm="../kept")
+
+    # as older versions wrote it
+    names = {"llm": f"{moved}/toy/llm", "vision": f"{moved}/toy/vision", "image_mode": "square"}
+    save_adapter(moved / "out", adapter_state(new_model("../toy/vision", "../toy/llm")), names)
+    capsys.readouterr()
+    load_model("../out")
+    assert f"whether {moved}/toy/llm is its llm is unknown" in capsys.readouterr().out
+
+
+def test_a_run_is_not_resumed_with_another_llm(flags, world, tmp_path):
+    shutil.copytree(world / "llm", tmp_path / "llm")
+    argv = [*flags, "--llm", f"{tmp_path}/llm", "--out_dir", f"{tmp_path}/run"]
+    argv += ["--max_steps", "2", "--save_every", "1"]
+    train.main(argv)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_2")
+    train.main([*argv, "--resume"])
+    shutil.rmtree(tmp_path / "run/checkpoints/step_2")
+    shutil.rmtree(tmp_path / "llm")
+    another_llm(world, tmp_path / "llm")
+    with pytest.raises(UserError, match=f"step_1/.*: {tmp_path}/llm is not the llm"):
+        train.main([*argv, "--resume"])
+
+
+def test_a_digest_is_of_numbers_alone(world, tmp_path):
+    """Not of dtypes, names and order, which others may choose."""
+    llm, tokenizer = load_llm(world / "llm", torch.float32)
+    vocabulary = tokenizer.get_vocab()
+    expected = part_digest(llm, vocabulary)
+    for source, dtype in itertools.product(
+        (torch.float32, torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)
+    ):
+        # in numbers that all three can hold
+        for p in llm.parameters():
+            p.data = p.data.bfloat16().to(source)
+        llm.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        loaded, _ = load_llm(tmp_path, dtype)
+        assert part_digest(loaded, vocabulary) == expected
+    renamed = torch.nn.ParameterList(reversed([p.detach() for p in llm.parameters()]))
+    assert part_digest(renamed, dict(reversed(vocabulary.items()))) == expected
+    assert part_digest(llm, vocabulary | {"<s>": 1}) != expected
+    for p in llm.parameters():
+        p.data.flatten()[0] += 1
+        assert part_digest(llm, vocabulary) != expected
+        p.data.flatten()[0] -= 1
+
+
+# ----------------------------------------------------------------------------- positions, padding
+
+
+@pytest.fixture
+def short_llm(world, tmp_path):
+    """An LLM that has 384 positions."""
+    shutil.copytree(world / "llm", tmp_path / "llm")
+    file = tmp_path / "llm/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 384}))
+    return tmp_path / "llm"
+
+
+def test_a_run_longer_than_the_llm_is_refused(flags, short_llm):
+    flags = [*flags, "--llm", str(short_llm)]
+    train.build_model(train.parse_config([*flags, "--max_length", "384"]), torch.device("cpu"))
+    with pytest.raises(UserError, match="LLM has 384 positions .*use --max_length 384$"):
+        train.main([*flags, "--max_length", "385"])
+
+
+def test_a_question_longer_than_the_llm_is_refused(world, short_llm):
+    model = new_model(world / "vision", short_llm)
+    asked = [evaluation.question_sample(f"<image>\n{'red ' * n}", "1.png") for n in (9, 1)]
+    dataset = LlavaDataset(
+        asked, world / "images", model.preprocess, model.tokenizer, 25, 10**9, text="prompt"
+    )
+    longest = len(dataset[0]["input_ids"])
+    room = 384 - longest
+    assert len(evaluation.answer(model, asked, world / "images", 2, room)) == 2
+    with pytest.raises(
+        UserError, match=f"prompt of {longest} positions leaves {room} of the LLM's"
+    ):
+        evaluation.answer(model, asked, world / "images", 2, room + 1)
+
+
+def test_captions_are_measured_as_far_as_the_llm_goes(world, flags, short_llm, tmp_path):
+    """The loss of a caption of 600 tokens is that of its first, which transformers computes too."""
+    out = f"--out_dir {tmp_path}/run --max_steps 1 --max_length 384"
+    train.main([*flags, "--llm", str(short_llm), *out.split()])
+    [sample] = data.load_samples(world / "train.json")[:1]
+    sample["conversations"][1]["value"] = "q" * 600
+    (tmp_path / "long.json").write_text(json.dumps([sample]))
+    captions = f"--data {tmp_path}/long.json --image_folder {world}/images"
+    loss = evaluation.main(f"tacs --model {tmp_path}/run {captions}".split())["caption_loss"]
+
+    model = load_model(tmp_path / "run")
+    llm = AutoModelForCausalLM.from_pretrained(short_llm)
+    q = model.tokenizer("q", add_special_tokens=False)["input_ids"][0]
+    dataset = LlavaDataset([sample], world / "images", model.preprocess, model.tokenizer, 25)
+    with torch.no_grad():
+        rows = llm.get_input_embeddings()
+        x = torch.cat(
+            [
+                rows(torch.tensor([model.tokenizer.bos_token_id])),
+                model.visual_tokens(dataset[0]["pixels"][None])[0],
+                rows(torch.tensor([q] * (384 - 26))),
+            ]
+        )
+        scores = llm(inputs_embeds=x[None]).logits[0].double().log_softmax(-1)[25:-1, q]
+    assert loss == pytest.approx(-scores.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("others, is_padding_too", [([], True), ([5, 7], False), ([5], True)])
+def test_only_rows_at_the_end_are_taken_for_padding(model, batch, tmp_path, others, is_padding_too):
+    """A Llava of others may never say some tokens, but its softmax has them."""
+    padding = model.llava.generation_config.suppress_tokens
+    assert padding[0] == model.llava.config.image_token_id == model.vocabulary_size
+    unsaid = others + padding * is_padding_too
+    save_llava(model, tmp_path, full_state(model), torch.float32)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"suppress_tokens": unsaid}))
+    loaded = load_model(tmp_path)
+    assert loaded.llava.generation_config.suppress_tokens == unsaid
+
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = theirs(batch["input_ids"], pixel_values=batch["pixels"]).logits.double()
+        if unsaid == padding:
+            logits[..., padding] = -torch.inf
+        else:
+            assert loaded.vocabulary_size == logits.shape[-1]
+        scores = logits.log_softmax(-1).flatten(0, 1)[batch["trained"] - 1]
+        ids = batch["input_ids"].flatten()[batch["trained"]]
+        out = loaded(**{k: v for k, v in batch.items() if not k.startswith("label_")})
+    expected = -scores[torch.arange(len(ids)), ids].mean()
+    assert out["loss_g"].item() == pytest.approx(expected.item(), rel=1e-5)

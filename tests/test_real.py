@@ -6,13 +6,15 @@ Gemma 3 270M stands behind a CLIP-L/14@336 tower of random weights.
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import whole_input
+from conftest import TEMPLATES, whole_input
 from PIL import Image
 from safetensors.torch import save_file
 from test_train import metrics
@@ -29,6 +31,7 @@ import eval as evaluation
 import labels
 import train
 from data import IGNORE, encode_conversation
+from tools import look
 
 pytestmark = pytest.mark.real
 
@@ -70,7 +73,12 @@ def real(tmp_path_factory):
     samples = [sample(name, "<image>\nWrite a caption.", text) for name, text in CAPTIONS.items()]
     (root / "train.json").write_text(json.dumps(samples))
     (root / "extra.txt").write_text("\n".join(WORDS) + "\n")
-    gguf.assemble(root / "gemma.gguf")
+    gguf.assemble(root / "base.gguf")
+    # a base model, whose file holds no chat template
+    write = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata"]
+    template = ["--chat-template", TEMPLATES["gemma"]]
+    subprocess.run([*write, *template, root / "base.gguf", root / "gemma.gguf"], check=True)
+    (root / "base.gguf").unlink()
 
     torch.manual_seed(0)
     config = open_clip.get_model_config("ViT-L-14-336-quickgelu")
@@ -118,7 +126,7 @@ def store(real):
     labels.main(f"extract {samples} {encoder} --out {real}/labels".split())
     store = labels.LabelStore(real / "labels")
     assert len(store) == 6 and store[0][0].shape == (576, 10) and store.meta["grid"] == [24, 24]
-    labels.main(["show", "--labels", f"{real}/labels", "--out", f"{real}/labels.html"])
+    look.main(["labels", "--labels", f"{real}/labels", "--out", f"{real}/labels.html"])
     page = (real / "labels.html").read_text()
     assert page.count("data:image/png") == 6 and '"orange"' in page
     return real / "labels"
@@ -168,7 +176,7 @@ def test_stage_1_trains_the_adapter_and_nothing_else(real, stage_1):
     [ids] = model.tokenizer([" cat"], add_special_tokens=False)["input_ids"]
     expected = before["embed_tokens.weight"][ids].mean(0) * 640**0.5  # Gemma's own scale included
     words = (real / "words.txt").read_text().split()
-    feature = model.word_features(torch.tensor([words.index("cat")]))[0]
+    feature = model.label_features(torch.tensor([words.index("cat")]))[0]
     assert torch.allclose(feature, expected, atol=1e-4)
     assert len(list(out.glob("checkpoints/step_*"))) == 2
 
@@ -237,7 +245,7 @@ def test_stage_2_from_the_exported_folder_to_an_answer(real, stage_1, trained):
     captions = f"--data {real}/train.json --image_folder {real}/photos"
     run = f"--model {real}/two/model --samples 2 {captions}"
     assert -1 <= evaluation.main(f"tacs {run}".split())["tacs"] <= 1
-    evaluation.main(f"words {run} --words {real}/words.txt --out {real}/words.html".split())
+    look.main(f"words {run} --words {real}/words.txt --out {real}/words.html".split())
     assert (real / "words.html").read_text().count("data:image/png") == 2
 
 
@@ -250,8 +258,8 @@ def test_the_real_tokenizer_of_gemma_trains_the_answers_alone(stage_1):
         "<bos><start_of_turn>user\n<image><image>\nWhat?<end_of_turn>\n"
         "<start_of_turn>model\nA red\n\ndoor, 3 m.<end_of_turn>\n"
         "<start_of_turn>user\nSure?<end_of_turn>\n"
-        "<start_of_turn>model\nJa, natürlich 🙂<end_of_turn>\n"
+        "<start_of_turn>model\nJa, natürlich 🙂<end_of_turn>"
     )
     assert tokenizer.decode(targets[targets != IGNORE]) == (
-        "A red\n\ndoor, 3 m.<end_of_turn>\nJa, natürlich 🙂<end_of_turn>\n"
+        "A red\n\ndoor, 3 m.<end_of_turn>Ja, natürlich 🙂<end_of_turn>"
     )

@@ -2,8 +2,6 @@ import json
 import os
 import random
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,17 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 import data
 import labels
-import toy
 import train
 from data import UserError
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A toy that was trained for a moment: all its files, nothing learnt."""
-    folder = tmp_path_factory.mktemp("small") / "toy"
-    toy.build(folder, images=40, clip_steps=2, lm_steps=2)
-    return folder
+from tools import look, toy
 
 
 def test_the_truth_of_a_patch_is_what_its_pixels_show():
@@ -99,6 +89,7 @@ def test_the_tokenizer_has_a_token_for_every_word_and_a_chat_template(small):
     for word in toy.WORDS:
         assert len(tokenizer(f" {word}", add_special_tokens=False).input_ids) == 1, word
     assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(small / "llm").config.vocab_size
+    data.prepare_tokenizer(tokenizer)
     turns = [
         {"role": "user", "content": "<image>\nWhat color?"},
         {"role": "assistant", "content": "red"},
@@ -121,21 +112,16 @@ def test_the_tokenizer_has_a_token_for_every_word_and_a_chat_template(small):
 
 def test_the_preset_labels_the_toy_and_trains_on_it(small, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(small.parent)
-    train.main(["--preset", "toy", "--max_steps", "3", "--out_dir", str(tmp_path / "run")])
+    run = ["--preset", "toy", "--max_steps", "3", "--out_dir", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="no label store"):
+        train.main(run)
+    toy.ensure()
+    train.main(run)
     assert len(labels.LabelStore("toy/labels")) == 40
     capsys.readouterr()
-    labels.main(
-        [
-            "show",
-            "--labels",
-            "toy/labels",
-            "--truth",
-            "toy/truth.json",
-            "--out",
-            str(tmp_path / "l.html"),
-            "--compare",
-        ]
-    )
+    page = str(tmp_path / "l.html")
+    truth = ["--truth", "toy/truth.json", "--compare"]
+    look.main(["labels", "--labels", "toy/labels", "--out", page, *truth])
     shares = re.findall(
         r"(\w+, sign [+-]1|labels): .* lift (\S+) .* (\S+) words of each caption .*\n"
         r"true: {'object': (\S+), 'background': (\S+), 'all': (\S+)}",
@@ -188,63 +174,10 @@ def test_a_build_that_fails_leaves_no_folder(tmp_path):
     assert not (tmp_path / "toy").exists()
 
 
-# ------------------------------------------------------------------------------------------- report
-
-
-@pytest.fixture
-def program(tmp_path, monkeypatch):
-    """A program for scripts: it notes each call in a file, and fails where it is told to."""
-    (tmp_path / "noting.py").write_text(
-        "import os, pathlib, sys, torch\n"
-        "def main(argv):\n"
-        "    print('said', argv[0])\n"
-        "    with open(pathlib.Path(__file__).with_name('calls.txt'), 'a') as f:\n"
-        "        print(os.getpid(), torch.get_num_threads(), *argv, file=f)\n"
-        "    if argv[0] == 'flag':\n"
-        "        print('usage: noting', file=sys.stderr)\n"
-        "        sys.exit(2)\n"
-        "    if argv[0] == 'break':\n"
-        "        raise ValueError('what broke')\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "noting", raising=False)
-    return lambda: (tmp_path / "calls.txt").read_text().splitlines()
-
-
-def test_scripts_run_once_in_processes_that_are_kept(program, tmp_path, capfd):
-    scripts = {tmp_path / f"run {i}": f"noting {i}\nnoting '{i} b' c" for i in range(5)}
-    with toy.two_workers() as pool:
-        list(pool.map(toy.run_script, scripts, scripts.values()))
-    calls = [line.split(" ", 2) for line in program()]
-    assert sorted(words for *_, words in calls) == sorted(
-        words for i in range(5) for words in (f"{i}", f"{i} b c")
-    )
-    assert {threads for _, threads, _ in calls} == {"1"}
-    assert len({pid for pid, *_ in calls} - {str(os.getpid())}) in (1, 2)
-    assert (tmp_path / "run 0/log.txt").read_text() == "said 0\nsaid 0 b\n"
-    assert "said" not in "".join(capfd.readouterr())
-
-    (tmp_path / "run 3/done").unlink()
-    (tmp_path / "run 3/left").touch()
-    for run, script in scripts.items():
-        toy.run_script(run, script)
-    assert [line.split(" ", 2)[2] for line in program()[10:]] == ["3", "3 b c"]
-    assert not (tmp_path / "run 3/left").exists() and (tmp_path / "run 3/done").exists()
-
-
-@pytest.mark.parametrize("argument, said", [("break", "what broke"), ("flag", "usage: noting")])
-def test_a_command_that_fails_shows_its_log(program, tmp_path, argument, said):
-    run = tmp_path / "run"
-    with pytest.raises(UserError) as error:
-        toy.run_script(run, f"noting 1\nnoting {argument}\nnoting 2")
-    assert f"noting {argument}\nfailed" in str(error.value) and str(run) in str(error.value)
-    assert "said 1" in str(error.value) and said in str(error.value)
-    assert len(program()) == 2 and not (run / "done").exists()
-
-
 def test_workers_end_with_a_killed_parent(tmp_path):
     (tmp_path / "parent.py").write_text(
-        "import os, time, toy\n"
+        "import os, time\n"
+        "from tools import toy\n"
         "if __name__ == '__main__':\n"
         "    pool = toy.two_workers()\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
@@ -252,7 +185,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         "    pool.submit(time.sleep, 600)\n"
         "    time.sleep(600)\n"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(toy.__file__).parent)}
+    env = os.environ | {"PYTHONPATH": str(Path(toy.__file__).parents[1])}
     command = [sys.executable, tmp_path / "parent.py"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as parent:
         worker = int(parent.stdout.readline())
@@ -268,82 +201,3 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("the worker outlived its parent")
-
-
-@pytest.fixture
-def short_runs(small, tmp_path, monkeypatch):
-    """The real scripts in a folder of their own: three steps, few questions, two variants more."""
-    folder = shutil.copytree(small, tmp_path / "toy")
-    for file in folder.glob("val*.json"):
-        file.write_text(json.dumps(json.loads(file.read_text())[:8]))
-    for file in folder.glob("pope/*.json"):
-        file.write_text("\n".join(file.read_text().splitlines()[:4]))
-    monkeypatch.chdir(tmp_path)
-    script = toy.SCRIPT.replace("--seed", "--max_steps 3 --save_every 1 --seed")
-    monkeypatch.setattr(toy, "SCRIPT", script.replace("--samples 250", "--samples 8"))
-    some = ("baseline", "SEA", "fixed_tau", "labels_10_uniform")
-    monkeypatch.setattr(toy, "ABLATIONS", {name: toy.ABLATIONS[name] for name in some})
-    return Path("out/the report")
-
-
-def test_report_and_ablate_end_to_end(short_runs, capsys):
-    out = short_runs
-    toy.report(seeds=1, out=out)
-    said = capsys.readouterr().out
-    assert "| pretrain | TACS | D, unit vectors |" in said and "| finetune | POPE F1 |" in said
-    gap = of_eval(out / "SEA_0/pretrain", "D_of_unit_vectors")[-1]
-    row = next(line for line in said.splitlines() if line.startswith("| SEA |"))
-    assert row.split("|")[3].strip() == f"{gap:.3f} ± 0.000"
-    drawn = {file.name for file in (out / "figures").iterdir()}
-    assert drawn == {"pretraining.png", "language.png", "tsne.png", "words.html"}
-    assert sorted(run.name for run in out.glob("*_0")) == ["SEA_0", "baseline_0"]
-    # --model RUN/checkpoints measures all of them, in the order of their steps
-    steps = [line["step"] for line in lines_of(out / "SEA_0/pretrain") if "pope" in line]
-    assert steps == [1, 2, 3]
-
-    def times():
-        return {run.name: (run / "done").stat().st_mtime for run in out.glob("*_0")}
-
-    before = times()
-    (out / "SEA_0/done").unlink()
-    toy.ablate(seeds=1, out=out)
-    after = times()
-    assert after["SEA_0"] > before["SEA_0"] and after["baseline_0"] == before["baseline_0"]
-    said = capsys.readouterr().out
-    assert [said.count(f"| {name} |") for name in toy.ABLATIONS] == [2] * 4
-
-    def config(variant):
-        return json.loads((out / f"{variant}_0/pretrain/config.json").read_text())
-
-    assert config("labels_10_uniform")["labels"] == "toy/labels_n10"
-    assert config("labels_10_uniform")["sampling"] == "uniform"
-    assert config("fixed_tau")["learn_tau"] is False and config("SEA")["learn_tau"] is True
-
-
-def test_every_ablation_is_a_command_line():
-    """All but the full method differ from it, and no two are the same."""
-    configs = []
-    for flags in toy.ABLATIONS.values():
-        argv = ["--preset", "toy", "--out_dir", "x", *shlex.split(flags)]
-        configs.append(train.parse_config(argv))
-    assert len(set(configs)) == len(configs)
-
-
-def test_the_table_has_mean_and_half_the_range(capsys):
-    runs = {"a": [{"m": {1: 9.0, 2: 1.0}}, {"m": {2: 4.0}}], "b": [{"m": {2: 0.5}}]}
-    toy.print_table("stage", runs, {"m": "Measure"})
-    said = capsys.readouterr().out.split("\n")
-    assert said[1:5] == [
-        "| stage | Measure |",
-        "|---|---|",
-        "| a | 2.500 ± 1.500 |",
-        "| b | 0.500 ± 0.000 |",
-    ]
-
-
-def lines_of(run):
-    return [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-
-
-def of_eval(run, measure):
-    return [line[measure] for line in lines_of(run) if measure in line]

@@ -1,22 +1,26 @@
 import collections
+import errno
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import get_cosine_schedule_with_warmup
 
 import train
-from data import UserError
+from data import UserError, collate, load_samples
 from labels import LabelStore
+from loss import contrastive_loss
+from model import checkpoints
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"samples_per_s"}
@@ -57,57 +61,22 @@ def test_schedule_is_linear_warmup_then_cosine_to_zero(flags, tmp_path):
     assert [m["lr"] for m in metrics(tmp_path)] == pytest.approx(warmup + cosine)
 
 
+def test_the_learning_rates_of_a_run_by_transformers_schedule():
+    """The paper's 2,181 steps, and runs so short that the warmup is all or none."""
+    for steps, ratio in ((2181, 0.03), (20, 0.15), (3, 0.0), (2, 1.0), (1, 0.03)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(ratio * steps), steps)
+        for step in range(1, steps + 1):
+            exact = schedule.get_last_lr()[0]
+            assert train.lr_at(step, steps, ratio) == pytest.approx(exact, abs=1e-12)
+            optimizer.step()
+            schedule.step()
+
+
 def test_the_baseline_needs_no_labels_and_has_no_alignment_loss(flags, tmp_path):
     train.main([*flags, "--out_dir", str(tmp_path), "--sea_weight", "0", "--labels", "nowhere"])
     assert all("loss_a" not in m and "tau" not in m for m in metrics(tmp_path))
     assert weights(tmp_path)["log_scale"] == 0
-
-
-@pytest.fixture(scope="module")
-def first_step(flags, tmp_path_factory):
-    """A function: flags of one ablation -> its metrics of the first step."""
-
-    def run(*own):
-        out = tmp_path_factory.mktemp("ablation") / "run"
-        train.main([*flags, "--out_dir", str(out), "--max_steps", "1", "--warmup_ratio", "0", *own])
-        return metrics(out)[0] | {"log_scale": weights(out)["log_scale"].item()}
-
-    full = run()
-    return lambda *own: (full, run(*own))
-
-
-@pytest.mark.parametrize(
-    "own",
-    ["--sampling uniform", "--max_labels 1", "--to_words 1", "--to_words 0"],
-)
-def test_a_part_of_sea_that_is_changed_changes_its_loss_alone(first_step, own):
-    full, changed = first_step(*own.split())
-    assert changed["loss_g"] == full["loss_g"] and changed["loss_a"] != full["loss_a"]
-
-
-@pytest.mark.parametrize("own, lengths", [("", {2, 10}), ("--max_word_tokens 1", {1})])
-def test_how_many_tokens_of_a_word_count(flags, monkeypatch, own, lengths):
-    def of_longer_words(*args):
-        store = LabelStore(*args)
-        store.words = [f"{word} {word}" for word in store.words]
-        return store
-
-    monkeypatch.setattr(train, "LabelStore", of_longer_words)
-    cfg = train.parse_config([*flags, *own.split()])
-    model, _ = train.build_model(cfg, torch.device("cpu"))
-    train.build_data(cfg, model)
-    assert {len(ids) for ids in model.word_token_ids} == lengths
-
-
-def test_all_patches_of_a_label_are_more_pairs(first_step):
-    full, changed = first_step("--no-one_per_label")
-    assert full["pairs"] <= 10 < changed["pairs"]
-
-
-def test_a_temperature_that_is_not_learned_stays(first_step):
-    full, fixed = first_step("--no-learn_tau", "--tau", "0.5")
-    assert fixed["log_scale"] == pytest.approx(math.log(2)) and fixed["tau"] == 0.5
-    assert full["log_scale"] != 0
 
 
 def test_accumulation_takes_the_mean_over_all_tokens(flags, tmp_path):
@@ -213,6 +182,76 @@ def test_bfloat16_keeps_fp32_masters_and_follows_fp32(flags, tmp_path):
     assert a[0]["loss_g"] != b[0]["loss_g"]
 
 
+def make_run(argv):
+    """A train.Run of one process on the CPU, its validation set and its loader."""
+    cfg = train.parse_config(argv)
+    cpu = torch.device("cpu")
+    model, dtype = train.build_model(cfg, cpu)
+    samples = load_samples(cfg.data)
+    train_set, val_set = train.build_data(cfg, model, samples, LabelStore(cfg.labels))
+    parallel_model = train.parallelize(cfg, model, dtype)
+    run = train.Run(cfg, cpu, dtype, model, parallel_model, train.build_optimizer(cfg, model), 6)
+    return run, val_set, iter(train.micro_batch_loader(train_set, run, 0))
+
+
+def exact_alignment_loss(x, t, log_scale):
+    """Eq. 11 by loops over the pairs, in float64, and its gradients by x [N, D] and log_scale."""
+    x, t, log_scale = (v.detach().double().requires_grad_() for v in (x, t, log_scale))
+    loss = 0
+    for i in range(len(x)):
+        to_words = [torch.cosine_similarity(x[i], word, dim=0) for word in t]
+        to_patches = [torch.cosine_similarity(patch, t[i], dim=0) for patch in x]
+        for cosines in (to_words, to_patches):
+            logits = torch.stack(cosines) * log_scale.exp()
+            loss = loss + (logits.logsumexp(0) - logits[i]) / (2 * len(x))
+    return loss.detach(), *torch.autograd.grad(loss, (x, log_scale))
+
+
+def test_the_alignment_loss_has_its_gradients_in_float32(flags, monkeypatch):
+    """With bfloat16 compute, in a step of training: autocast must not reach into the loss."""
+    seen = {}
+
+    def watched(x, t, log_scale, *rest):
+        x.retain_grad()
+        seen.update(x=x, t=t.detach(), log_scale=log_scale.detach().clone())
+        return contrastive_loss(x, t, log_scale, *rest)
+
+    monkeypatch.setattr("loss.contrastive_loss", watched)
+    run, _, loader = make_run([*flags, "--dtype", "bfloat16", "--tau", "0.1", "--out_dir", "none"])
+
+    def keep(*_):
+        seen["log_scale_grad"] = run.model.log_scale.grad.clone()
+
+    run.optimizer.register_step_pre_hook(keep)
+    line = train.train_step(run, [next(loader)], 1)
+    exact, x_grad, log_scale_grad = exact_alignment_loss(
+        *(seen[k] for k in ("x", "t", "log_scale"))
+    )
+    assert len(x_grad) > 1 and seen["x"].dtype == torch.bfloat16
+    assert line["loss_a"] == pytest.approx(exact.item(), rel=1e-5)
+    torch.testing.assert_close(seen["log_scale_grad"].double(), log_scale_grad, rtol=1e-5, atol=0)
+    # x is in bfloat16, and so is its gradient: rounded once, by at most half of 2^-7
+    error = (seen["x"].grad.double() - x_grad).norm() / x_grad.norm()
+    assert error < 2**-9
+
+
+def test_validation_takes_its_cosines_in_float32(flags):
+    """With bfloat16 compute: TACS (Eq. 14) of the model's own embeddings, in float64."""
+    run, val_set, _ = make_run([*flags, "--dtype", "bfloat16", "--out_dir", "none"])
+    scores = []
+    for item in val_set:
+        batch = collate([item], pad_id=0)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            out = run.model(*(batch[k] for k in ("input_ids", "image_places", "trained", "pixels")))
+        inputs = out["inputs"].double()
+        words = inputs[batch["trained"]][:-1]
+        best = [
+            torch.cosine_similarity(x[None], words).max() for x in inputs[batch["image_places"]]
+        ]
+        scores.append(sum(sorted(best)[-10:]).item() / 10)
+    assert train.validate(run, val_set)["val_tacs"] == pytest.approx(sum(scores) / 4, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "extra, message",
     [
@@ -248,10 +287,6 @@ def test_bad_flags_and_bad_paths_are_refused_in_one_line(flags, tmp_path, extra,
             ["--stage", "finetune", "--sea_weight", "1"],
             "--sea_weight is for pretrain, not for finetune",
         ),
-        (["--sampling", "uniform", "--sea_weight", "0"], "--sampling is for SEA, not for pretrain"),
-        (["--stage", "finetune", "--no-learn_tau", "--init", "x"], "--learn_tau is for SEA"),
-        (["--stage", "finetune", "--init", "x", "--llm", "gemma-2b"], "--init names a model"),
-        (["--stage", "finetune", "--init", "x", "--vision", "y"], "--init names a model"),
         (["--keep", "-1"], "--keep must be from 0 to 1000000000"),
         (["--save_every", "-1"], "--save_every must be from 0 to 1000000000"),
     ],
@@ -294,13 +329,13 @@ def test_flags_of_the_other_stage_are_refused(flags, message):
             dict(tune_vision=True, vision_lr=2e-6, lr=2e-5),
         ),
         (
-            ["--recipe", "prime"],
+            ["--preset", "prime"],
             dict(vision="siglip-384", data="data/alignment_2.5m.jsonl", lr=1e-3, sea_weight=1.0),
         ),
         (
-            ["--recipe", "prime", "--stage", "finetune", "--dry_run", "8"],
+            ["--preset", "prime", "--stage", "finetune", "--init", "x"],
             dict(
-                vision="siglip-384",
+                vision="",  # the stage 1 knows its tower
                 data="data/Cambrian7M_withsystemprompt.jsonl",
                 tune_vision=True,
                 vision_lr=2e-6,
@@ -315,7 +350,7 @@ def test_flags_of_the_other_stage_are_refused(flags, message):
 )
 def test_recipes(flags, expected):
     cfg = train.parse_config(flags)
-    common = dict(warmup_ratio=0.03, max_length=2048)
+    common = dict(warmup_ratio=0.03, max_length=256 if cfg.preset == "toy" else 2048)
     for name, value in (common | expected).items():
         assert getattr(cfg, name) == value, name
 
@@ -330,7 +365,7 @@ def test_labels_of_other_samples_are_refused_by_field(flags, world, tmp_path):
     fewer = json.loads((world / "train.json").read_text())[:-1]
     (tmp_path / "fewer.json").write_text(json.dumps(fewer))
     own = f"--out_dir {tmp_path}/run --data {tmp_path}/fewer.json".split()
-    with pytest.raises(UserError, match="made with manifest = .*run labels.py extract"):
+    with pytest.raises(UserError, match="made with images = .*run labels.py extract"):
         train.main([*flags, *own])
 
 
@@ -342,7 +377,6 @@ def test_labels_of_other_samples_are_refused_by_field(flags, world, tmp_path):
         ("--tau inf", "--tau must be from 0.01 to 100, not inf"),
         ("--sea_weight nan", "--sea_weight must be from 0 to .*, not nan"),
         ("--warmup_ratio 7", "--warmup_ratio must be from 0 to 1, not 7.0"),
-        ("--to_words 1.5", "--to_words must be from 0 to 1, not 1.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused(flags, extra, message):
@@ -362,11 +396,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(flags, tmp_
     step = train.train_step
     models = []
 
-    def poisoned(run, batches, number, *signals):
+    def poisoned(run, batches, number):
         if number == 5:
             models.append(run.model)
             run.model.adapter.linear_1.weight.register_hook(lambda grad: grad * float("nan"))
-        return step(run, batches, number, *signals)
+        return step(run, batches, number)
 
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(
@@ -378,42 +412,104 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(flags, tmp_
     assert all(m["grad_norm"] > 0 for m in metrics(tmp_path))
 
 
-def test_a_broken_validation_image_loses_no_step(flags, tmp_path, world):
+def test_a_broken_validation_image_ends_a_run_before_it_begins(flags, tmp_path, world):
     samples = json.loads((world / "train.json").read_text())[:4]
-    broken = [sample | {"image": "none.png"} for sample in samples]
-    (tmp_path / "val.json").write_text(json.dumps(broken))
-    own = f"--out_dir {tmp_path}/run --val_data {tmp_path}/val.json --save_every 3".split()
+    samples[2]["image"] = "none.png"
+    (tmp_path / "val.json").write_text(json.dumps(samples))
+    own = [*flags, *f"--out_dir {tmp_path}/run --val_data {tmp_path}/val.json".split()]
     with pytest.raises(UserError, match="none.png: cannot read the image"):
-        train.main([*flags, *own])
-    assert (tmp_path / "run/checkpoints/step_3").is_dir()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_a_checkpoint_and_ends_the_run(flags, tmp_path, monkeypatch, number):
-    """The run goes on as if undisturbed. But for SIGTERM, which ends them, the processes that load
-    data may get the signal too, as from a terminal."""
-    flags = [*flags, "--save_every", "0", "--workers", "1"]
-    train.main([*flags, "--out_dir", str(tmp_path / "whole")])
-    step = train.train_step
-    handlers = [signal.getsignal(n) for n in train.STOP_SIGNALS]
-
-    def signalled(run, batches, n, signals):
-        if n == 3:
-            loaders = multiprocessing.active_children() if number != signal.SIGTERM else []
-            for process in [*loaders, multiprocessing.current_process()]:
-                os.kill(process.pid, number)
-        # as the loop would count them
-        return step(run, batches, n, signals + (n == 3))
-
-    monkeypatch.setattr(train, "train_step", signalled)
-    own = [*flags, "--out_dir", str(tmp_path / "run"), "--resume"]
-    with pytest.raises(UserError, match="a signal ended the run; step 3 is saved"):
         train.main(own)
-    assert [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()] == ["step_3"]
-    assert [signal.getsignal(n) for n in train.STOP_SIGNALS] == handlers
-    monkeypatch.setattr(train, "train_step", step)
-    train.main(own)
+    assert not (tmp_path / "run/config.json").exists()
+    train.main([*own, "--val_samples", "2"])
+
+
+def test_a_validation_image_that_goes_away_loses_no_step(flags, tmp_path, world):
+    """The last step has its checkpoint before its validation."""
+    flags = [*flags, "--image_folder", f"{tmp_path}/images", "--save_every", "4", "--val_every"]
+    shutil.copytree(world / "images", tmp_path / "images")
+    own = [*flags, "100", "--out_dir", f"{tmp_path}/run"]
+
+    def step_and_lose(*args):
+        if args[2] == 6:
+            (tmp_path / "images/0.png").unlink()
+        return step(*args)
+
+    step, train.train_step = train.train_step, step_and_lose
+    try:
+        with pytest.raises(UserError, match="0.png: cannot read the image"):
+            train.main(own)
+    finally:
+        train.train_step = step
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step_4", "step_6"]
+    shutil.copy(world / "images/0.png", tmp_path / "images")
+    train.main([*own, "--resume"])
+    train.main([*own[:-1], f"{tmp_path}/whole"])
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert (tmp_path / "run/model").is_dir()
+
+
+def heed_ctrl_c():
+    """A shell has its background processes ignore it, and theirs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(argv):
+    """A training run as a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
+    )
+
+
+def wait_for_lines(process, log, lines):
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= lines):
+        time.sleep(0.01)
+
+
+def test_ctrl_c_ends_a_run_with_one_line(flags, tmp_path):
+    """As a terminal sends it: to the processes that load data too."""
+    own = f"--out_dir {tmp_path}/run --workers 2 --save_every 2 --max_steps 10000".split()
+    run = start([*flags, *own])
+    wait_for_lines(run, tmp_path / "run/metrics.jsonl", 5)
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "Traceback" not in errors, errors[-3000:]
+    assert errors.splitlines()[-1] == "stopped"
+    assert (tmp_path / "run/checkpoints/step_2").is_dir()
+
+
+def test_of_two_processes_one_gets_the_folder(flags, tmp_path):
+    """Whether the second resumes or not, until the first has ended, here by SIGKILL."""
+    own = [*flags, "--out_dir", f"{tmp_path}/run", "--save_every", "2"]
+    first = start([*own, "--workers", "1", "--max_steps", "10000"])
+    wait_for_lines(first, tmp_path / "run/metrics.jsonl", 3)
+    for more in ([], ["--resume", "--max_steps", "10000"]):
+        with pytest.raises(UserError, match="run: another process trains here"):
+            train.main([*own, *more])
+    assert first.poll() is None
+    # The process that loads data lives on for some seconds.
+    first.kill()
+    first.wait()
+    with pytest.raises(UserError, match="run holds a run"):
+        train.main(own)
+    steps = max(checkpoints(tmp_path / "run")) + 2
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps(config | {"max_steps": steps}))
+    train.main(["--resume", "--out_dir", f"{tmp_path}/run"])
+    assert metrics(tmp_path / "run")[-1]["step"] >= steps and (tmp_path / "run/model").is_dir()
+
+
+def test_a_filesystem_without_locks_does_not_hinder_a_run(flags, tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(train.fcntl, "lockf", no_locks)
+    train.main([*flags, "--out_dir", f"{tmp_path}/run", "--max_steps", "1"])
+    assert "run: its filesystem has no locks ([Errno" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("killed_in", ["save_checkpoint", "validate"])
@@ -445,30 +541,144 @@ def test_files_may_move_but_must_be_the_same(flags, tmp_path, world, labels):
     moved = ["--data", f"{tmp_path}/data.json", "--labels", f"{tmp_path}/labels"]
     train.main(run)
     train.main([*run, *moved])
-    text = (tmp_path / "data.json").read_text()
-    (tmp_path / "data.json").write_text(text.replace("door", "wall"))
-    with pytest.raises(UserError, match="^data is .*, but .* in .*config.json"):
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+
+    samples = json.loads((tmp_path / "data.json").read_text())
+    for content, message in (
+        (samples[1:], "data.json has 23 samples, but when the run in .*/run began it had 24: put "),
+        (samples[::-1], "data.json lists other images than when the run in .*/run began, or in an"),
+    ):
+        (tmp_path / "data.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"{message}.* start again with another --out_dir"):
+            train.main([*run, *moved])
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    meta = json.loads((tmp_path / "labels/meta.json").read_text())
+    (tmp_path / "labels/meta.json").write_text(json.dumps(meta | {"prompt": "a {}"}))
+    message = "labels in .*labels were made with prompt = a {}, but .* had prompt = a photo of a {}"
+    with pytest.raises(UserError, match=f"{message}.: put the old labels back, or start again"):
         train.main([*run, *moved])
-    (tmp_path / "data.json").write_text(text)
-    meta = (tmp_path / "labels/meta.json").read_text()
-    (tmp_path / "labels/meta.json").write_text(meta.replace('"n": ', '"n": 1'))
-    with pytest.raises(UserError, match="^labels is .*, but .* in .*config.json"):
-        train.main([*run, *moved])
+    assert before == (tmp_path / "run/metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"lr": 1}', "\udcff"])
+def test_samples_without_an_image_are_compared_too(finetune_flags, tmp_path, world):
+    lines = (world / "chats.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    run = f"--out_dir {tmp_path}/run --data {tmp_path}/chats.jsonl --save_every 2 --resume".split()
+    train.main([*finetune_flags, *run])
+    (tmp_path / "chats.jsonl").write_text("".join(lines[-1:] + lines[:-1]))
+    with pytest.raises(UserError, match="chats.jsonl lists other images"):
+        train.main([*finetune_flags, *run])
+
+
+def test_resuming_needs_no_flag_but_the_folder(finetune_flags, tmp_path):
+    """What is not given is as the run began; what may change may be given."""
+    resume = ["--resume", "--out_dir", str(tmp_path)]
+    train.main([*finetune_flags, *resume, "--save_every", "4"])
+    whole = metrics(tmp_path)
+    for more in ([], ["--keep", "1", "--workers", "1"]):
+        for later in ("checkpoints/step_6", "model"):
+            shutil.rmtree(tmp_path / later)
+        train.main([*resume, *more])
+        assert metrics(tmp_path) == whole
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_6"]
+    with pytest.raises(UserError, match="--stage is 'pretrain', but 'finetune' in the run that"):
+        train.parse_config([*resume, "--stage", "pretrain"])
+    with pytest.raises(UserError, match="--val_every must be from 1"):
+        train.parse_config([*resume, "--val_every", "0"])
+
+
+def test_a_run_goes_on_in_its_precision(flags, tmp_path):
+    """Whatever the device's own is; a CPU's is float32."""
+    flags = [*flags, "--save_every", "4", "--out_dir"]
+    train.main([*flags, str(tmp_path / "own")])
+    assert json.loads((tmp_path / "own/config.json").read_text())["dtype"] == "float32"
+    train.main([*flags, str(tmp_path / "run"), "--dtype", "bfloat16"])
+    whole = metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step_6")
+    train.main([*flags, str(tmp_path / "run"), "--resume"])
+    assert metrics(tmp_path / "run") == whole != metrics(tmp_path / "own")
+    with pytest.raises(UserError, match="--dtype is 'float32', but 'bfloat16' in the run that"):
+        train.main([*flags, str(tmp_path / "run"), "--resume", "--dtype", "float32"])
+
+
+@pytest.mark.parametrize(
+    "ranks, accum, message",
+    [
+        (2, 2, ""),
+        (4, 1, ""),
+        (1, 4, ""),
+        (1, 2, "--grad_accum 2 on 1 ranks makes .* steps of 16: use --grad_accum 4"),
+        (4, 2, "--grad_accum 2 on 4 ranks makes .* steps of 16: use --grad_accum 1"),
+        (3, 2, "--grad_accum 2 on 3 ranks makes .* steps of 16: .* number of ranks that divides 4"),
+    ],
+)
+@pytest.mark.parametrize("gather", [False, True])
+def test_resuming_on_other_ranks_keeps_the_steps(
+    flags, tmp_path, monkeypatch, ranks, accum, message, gather
+):
+    """Begun with 2 ranks x 2 micro-batches x 4 samples. Gathered, N of Eq. 11 is of two ranks."""
+    own = [*flags, "--out_dir", str(tmp_path), "--grad_accum", "2"]
+    train.main(own)
+    file = tmp_path / "config.json"
+    begun = json.loads(file.read_text()) | {"ranks": 2, "gather_pairs": gather}
+    file.write_text(json.dumps(begun))
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    if gather and ranks != 2:
+        message = f"--gather_pairs .* --resume this run on 2, as it began, not on {ranks}"
+    resume = ["--resume", "--out_dir", str(tmp_path), "--grad_accum", str(accum)]
+    if not message:
+        assert train.parse_config(resume).global_batch() == 16
+        return
+    with pytest.raises(UserError, match=message):
+        train.parse_config(resume)
+
+
+def test_a_line_that_a_kill_has_cut_off_is_dropped(flags, tmp_path, capsys):
+    flags = [*flags, "--save_every", "4", "--out_dir"]
+    train.main([*flags, str(tmp_path)])
+    whole = metrics(tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:6]) + '{"step": 6, "los')  # 5 steps and a validation
+    shutil.rmtree(tmp_path / "checkpoints/step_6")
+    train.main([*flags, str(tmp_path), "--resume"])
+    assert metrics(tmp_path) == whole
+    shown = capsys.readouterr().out
+    assert """metrics.jsonl: the last line is not finished and is dropped: b'{"step": 6,""" in shown
+
+
+def test_model_appears_whole_or_not_at_all(flags, tmp_path, monkeypatch):
+    """An end while it is written, here of stage 1 with --export, which writes the adapter first."""
+
+    def killed(*_):
+        assert list(tmp_path.rglob("adapter.safetensors"))
+        raise KeyboardInterrupt
+
+    own = [*flags, "--out_dir", str(tmp_path), "--export", "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_llava", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(own)
+    assert not (tmp_path / "model").exists()
+    train.main(own)
+    assert (tmp_path / "model/processor_config.json").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"stage": 1}', "\udcff"])
 def test_a_damaged_config_is_named(flags, tmp_path, content):
     out = ["--out_dir", str(tmp_path)]
     train.main([*flags, *out])
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match="config.json, line .*: not "):
+    with pytest.raises(UserError, match="config.json.*: .* damaged|config.json.*: not valid JSON"):
         train.main([*flags, *out, "--resume"])
 
 
 def test_checkpoints_hold_no_pickles_and_are_for_all_to_read(finetune_flags, tmp_path):
     train.main([*finetune_flags, "--out_dir", str(tmp_path), "--save_every", "3"])
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert {f.suffix for f in files} == {".json", ".jsonl", ".jinja", ".safetensors"}
+    assert [f.name for f in files if not f.suffix] == ["lock"]
+    assert {f.suffix for f in files} == {"", ".json", ".jsonl", ".jinja", ".safetensors"}
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in files)
 
 
@@ -477,19 +687,6 @@ def test_resuming_where_nothing_was_saved_starts_the_run(flags, tmp_path):
     for _ in range(2):
         train.main([*flags, "--out_dir", str(tmp_path / "run"), "--resume"])
     assert [m["step"] for m in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_of_two_launches_at_the_same_moment_one_gets_the_folder(flags, tmp_path, monkeypatch):
-    build = train.build_data
-
-    def slowly(cfg, model):
-        monkeypatch.setattr(train, "build_data", build)
-        train.main([*flags, "--out_dir", str(tmp_path / "run")])  # the other launch
-        return build(cfg, model)
-
-    monkeypatch.setattr(train, "build_data", slowly)
-    with pytest.raises(FileExistsError, match="config.json"):
-        train.main([*flags, "--out_dir", str(tmp_path / "run")])
 
 
 def test_stage_2_of_a_stage_1_that_has_not_finished_names_the_checkpoint(flags, tmp_path):
@@ -507,31 +704,52 @@ def test_a_run_is_never_written_over_and_resuming_checks_the_settings(flags, tmp
     train.main([*flags, *out])
     with pytest.raises(UserError, match="holds a run"):
         train.main([*flags, *out])
-    with pytest.raises(UserError, match="lr is 0.5, but 0.001 in"):
+    with pytest.raises(UserError, match="--lr is 0.5, but 0.001 in the run .* leave --lr out"):
         train.main([*flags, *out, "--resume", "--lr", "0.5"])
     [shard] = (tmp_path / "checkpoints/step_6/state").iterdir()
     content = shard.read_bytes()
-    flipped = bytearray(content)
-    flipped[-50] ^= 1
-    for damaged in (content[:-200], flipped):
-        shard.write_bytes(damaged)
-        with pytest.raises(UserError, match="step_6: truncated or corrupt"):
+    for kept in (len(content) - 200, 50, 0):
+        shard.write_bytes(content[:kept])
+        with pytest.raises(UserError, match="step_6: truncated or damaged .*; remove it"):
             train.main([*flags, *out, "--resume"])
     shard.unlink()
-    with pytest.raises(UserError, match="step_6: truncated or corrupt"):
+    with pytest.raises(UserError, match="step_6: truncated or damaged .*; remove it"):
         train.main([*flags, *out, "--resume"])
+
+
+def test_a_micro_batch_with_a_single_pair_is_refused(flags, tmp_path):
+    """Its loss_a is 0 in every step. Two images have two pairs at most."""
+    own = f"--out_dir {tmp_path}/one --batch_size 1 --window 5 --save_every 2".split()
+    with pytest.raises(UserError, match="has 1 pairs on average, and nothing to tell apart: use a"):
+        train.main([*flags, *own])
+    assert not (tmp_path / "one/checkpoints").exists()
+    two = f"--out_dir {tmp_path}/two --batch_size 2 --window 5 --max_steps 1".split()
+    train.main([*flags, *two])
+    assert metrics(tmp_path / "two")[0]["pairs"] <= 2
+
+
+def test_a_rate_of_a_frozen_tower_is_refused():
+    with pytest.raises(UserError, match="--vision_lr is for --tune_vision"):
+        train.parse_config(["--stage", "finetune", "--init", "x", "--vision_lr", "1e-5"])
+
+
+def test_a_run_that_has_moved_goes_on_where_it_is(flags, tmp_path):
+    train.main([*flags, "--out_dir", str(tmp_path / "before"), "--save_every", "3"])
+    (tmp_path / "before").rename(tmp_path / "after")
+    cfg = train.parse_config(["--resume", "--out_dir", str(tmp_path / "after")])
+    assert cfg.out_dir == str(tmp_path / "after") and cfg.batch_size == 4
 
 
 def test_the_norm_of_the_gradient_is_logged(finetune_flags, tmp_path, monkeypatch):
     norms, build = [], train.build_optimizer
 
-    def watching(cfg, model, steps, first_step):
-        optimizer, schedule = build(cfg, model, steps, first_step)
+    def watching(cfg, model):
+        optimizer = build(cfg, model)
         grads = [p for p in model.parameters() if p.requires_grad]
         optimizer.register_step_pre_hook(
             lambda *_: norms.append(float(sum((p.grad**2).sum() for p in grads)) ** 0.5)
         )
-        return optimizer, schedule
+        return optimizer
 
     monkeypatch.setattr(train, "build_optimizer", watching)
     train.main([*finetune_flags, "--out_dir", str(tmp_path), "--max_steps", "2"])
@@ -599,13 +817,15 @@ def test_a_command_line_error_is_one_line(flags, tmp_path):
         ([], "out/pretrain"),
         (["--sea_weight", "0"], "out/pretrain_baseline"),
         (["--llm", "gemma-2b", "--vision", "my/tower"], "out/pretrain_gemma-2b_tower"),
-        (["--recipe", "prime", "--llm", "llama-3-8b"], "out/prime_llama-3-8b"),
+        (["--preset", "prime", "--llm", "llama-3-8b"], "out/prime_llama-3-8b"),
         (["--preset", "toy", "--sea_weight", "0"], "out/toy_baseline"),
         (
             ["--stage", "finetune", "--init", "out/pretrain_baseline/"],
             "out/pretrain_baseline_finetune",
         ),
-        (["--stage", "finetune", "--llm", "gemma-2b"], "out/finetune_gemma-2b_baseline"),
+        (["--stage", "finetune", "--init", "out/a/model"], "out/a_finetune"),
+        (["--stage", "finetune", "--init", "out/a/checkpoints/step_3"], "out/a_step_3_finetune"),
+        (["--stage", "finetune", "--llm", "gemma-2b"], "out/finetune_gemma-2b"),
         (["--out_dir", "mine"], "mine"),
     ],
 )

@@ -1,107 +1,19 @@
 """What pictures show, read back from pixels and axes, and the histories they are drawn from."""
 
-import base64
-import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import eval as evaluation
-import figures
 import train
 from data import UserError, read_json_lines
-from figures import SCORES, draw_curves, draw_tsne, draw_words, history
-
-# ------------------------------------------------------------------------------- words over patches
-
-
-@pytest.fixture
-def page(tmp_path):
-    """A page of a red and a blue image of 2 x 2 patches with two panels -> its file."""
-    panels_of = {}
-    for name, color in ("a.png", "red"), ("b.png", "blue"):
-        image = Image.new("RGB", (60, 40), "white")
-        image.paste(color, (10, 0, 50, 40))  # what a square crop leaves
-        image.save(tmp_path / name)
-        sky = [[("sky", 0.9), ("blue", 0.5)], [("blue", 0.4)], [], [("sky", 0.3)]]
-        wall = [[("</script>", 0.2)], [("blue", 0.1), ("sky", 0.1)], [], []]
-        panels_of[name] = {"baseline": sky, "SEA": wall}
-    draw_words(panels_of, tmp_path, 40, "square", (2, 2), tmp_path / "new/out.html")
-    return tmp_path / "new/out.html"
-
-
-def test_a_page_holds_images_words_and_colors(page):
-    text = page.read_text()
-    assert text.count("</script>") == 1 and "http" not in text  # self-contained
-    data = json.loads(re.search("const data = (.*);\n", text)[1])
-    assert data["grid"] == [2, 2]
-    # blue is a color; of the others the word with the most and highest scores comes first
-    hues = {"sky": "hsl(0.0 45% 45%)", "</script>": "hsl(275.0 45% 45%)"}
-    assert data["colors"] == {"blue": "blue"} | hues
-    for image, name, color in zip(data["images"], ("a.png", "b.png"), ((255, 0, 0), (0, 0, 255))):
-        assert image["name"] == name
-        content = base64.b64decode(image["picture"].removeprefix("data:image/png;base64,"))
-        picture = np.asarray(Image.open(io.BytesIO(content)))
-        assert picture.shape == (40, 40, 3) and (picture == color).all()
-        assert image["panels"]["baseline"][0] == [["sky", 0.9], ["blue", 0.5]]
-
-
-def test_words_that_are_colors_get_them_and_no_color_is_used_twice(tmp_path):
-    words = [f"word{i // 2}" for i in range(600)] + ["red", "chocolate", "rare"]
-    labels = [[(word, 1.0)] for word in words]
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    draw_words({"a.png": {"labels": labels}}, tmp_path, 8, "square", (1, 603), tmp_path / "a.jpg")
-    text = (tmp_path / "a.jpg.html").read_text()  # it is no picture
-    colors = json.loads(re.search("const data = (.*);\n", text)[1])["colors"]
-    assert colors["red"] == "red" and colors["chocolate"] == "chocolate"
-    assert len(colors) == len(set(colors.values())) == 303
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="looks at the page in Chromium")
-def test_a_page_in_a_browser(page):
-    """The second image, its labels as the mouse enters a patch, what lights up at a click."""
-    acts = """slider.value = 1; show();
-        document.querySelectorAll(".words")[1].querySelectorAll(".patches div")[1].onmouseenter();
-        [...document.querySelectorAll(".word")].find(e => e.textContent == "sky 0.100").onclick();
-        """
-    page.write_text(page.read_text().replace("\nshow();\n", f"\nshow(); {acts}\n"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--window-size=900,600"]
-    browser = subprocess.run(
-        ["chromium", *flags, f"file://{page}"], capture_output=True, text=True, timeout=60
-    )
-    dom = browser.stdout.split("<script>")[0]
-    assert ">b.png</b>" in dom
-    assert dom.count('class="panel words"') == 2 and dom.count("<img") == 3
-    assert dom.count("Row 0, column 1: ") == 2  # in both panels at once
-    baseline, sea = dom.split('class="panel words"')[1:]
-    # where it is the top word, and where it is another of the patch's words
-    lit = r'style="background: rgb[^;]*; opacity: ([\d.]+)'
-    assert re.findall(lit, baseline) == ["0.8", "0.8"] and re.findall(lit, sea) == ["0.4"]
-    assert "sky 2" in baseline and "blue 1" in sea  # how often each is the top word
-
-
-def test_the_page_of_words_needs_no_matplotlib(tmp_path):
-    """Run where importing matplotlib or scikit-learn fails."""
-    code = (
-        "import sys; sys.modules['matplotlib'] = sys.modules['sklearn'] = None\n"
-        "import figures\n"
-        "panels = {'x': [[('a', 1.0)]]}\n"
-        "figures.draw_words({'a.png': panels}, sys.argv[1], 8, 'square', (1, 1), sys.argv[2])"
-    )
-    Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", code, tmp_path, tmp_path / "o.html"]
-    subprocess.run(command, cwd=root, check=True)
-    assert (tmp_path / "o.html").exists()
-
+from tools import curves
+from tools.curves import SCORES, draw_curves, draw_tsne, history
 
 # ------------------------------------------------------------------------ measures of training runs
 
@@ -264,7 +176,7 @@ def test_figures_are_drawn_from_what_runs_left(flags, world, tmp_path, capsys, d
             f.write(json.dumps({"step": 3, "d": {"all": 0.5}}) + "\n")
 
     both = ["--model", str(folders["SEA"]), "--baseline", str(folders["baseline"])]
-    evaluation.main(["figures", *both, "--out", f"{tmp_path}/f", "--samples", "4"])
+    curves.main([*both, "--out", f"{tmp_path}/f", "--samples", "4"])
     assert {file.name for file in (tmp_path / "f").iterdir()} == set(drawn)
     assert set(drawn) == {"tsne.png", "curves.png"}
     out = capsys.readouterr().out
@@ -283,7 +195,7 @@ def test_figures_are_drawn_from_what_runs_left(flags, world, tmp_path, capsys, d
         assert counts["visual tokens"] == 4 * 25
     shutil.copytree(folders["SEA"] / "model", tmp_path / "elsewhere/alone")
     with pytest.raises(UserError, match="alone: not of a training run"):
-        evaluation.main(["figures", *both[:3], str(tmp_path / "elsewhere/alone")])
+        curves.main([*both[:3], str(tmp_path / "elsewhere/alone")])
 
 
 def test_the_papers_average_gain(tmp_path, capsys):
@@ -300,14 +212,14 @@ def test_the_papers_average_gain(tmp_path, capsys):
         lines = [json.dumps({"step": 1, f"b{i}": {"all": v}}) for i, v in enumerate(values)]
         (tmp_path / kind / "eval.jsonl").write_text("\n".join(lines))
     both = ["--model", f"{tmp_path}/SEA", "--baseline", f"{tmp_path}/baseline"]
-    evaluation.main(["figures", *both, "--out", f"{tmp_path}/f"])
+    curves.main([*both, "--out", f"{tmp_path}/f"])
     assert "average relative gain of 8 benchmarks: +7.6" in capsys.readouterr().out
 
 
 def test_gains_are_of_the_same_step_and_not_of_nothing(capsys):
     before = {"a": {10: 0.5, 20: 1.0}, "b": {20: 0.0}, "c": {10: 1.0}}
     after = {"a": {10: 1.0, 30: 9.0}, "b": {20: 0.5}, "c": {30: 2.0}}
-    figures.print_gains(before, after, ["a", "b", "c"])
+    curves.print_gains(before, after, ["a", "b", "c"])
     out = capsys.readouterr().out
     assert re.search("a +0.500 -> 1.000 at step 10\n", out)
     assert re.search("b +0.000 -> 0.500 at step 20\n", out)
