@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.distributed.checkpoint import CheckpointException
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
@@ -727,7 +726,6 @@ class LlavaDataset(Dataset):
         item = {
             "index": i,
             "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
             "is_image": ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
             "targets": targets,
         }
@@ -739,32 +737,33 @@ class LlavaDataset(Dataset):
         return item
 
 
-def collate(items, pad_id, side="right"):
-    """Items of LlavaDataset -> a batch, sequences padded at `side`.
+def collate(items):
+    """Items of LlavaDataset -> a batch: its sequences in one row, without padding between them.
 
-    index (list of B), input_ids and attention_mask [B, L], pixels [images, 3, size, size] and, with
-    labels, label_ids and label_scores [B, m, n]. As places in the flattened input_ids, so that a
-    GPU need not look for them: image_places [images * m], where <image> stands, and trained [T],
-    the tokens to be predicted, of which none is the first of its sequence.
+    index (list of B); lengths (list of B): the positions of each sequence; input_ids and
+    position_ids [L], where positions restart with each sequence; pixels [images, 3, size, size];
+    with labels, label_ids and label_scores [B, m, n]. As indices into input_ids, so that a GPU need
+    not look for them: image_places [images * m], where <image> stands, and trained [T], the tokens
+    to be predicted, of which none is the first of its sequence.
+
+    The CPU alone reads lengths and labels. They are a list and arrays, for FSDP would move tensors
+    to the GPU, where reading waits.
     """
-
-    def pad(key, value):
-        rows = [item[key] for item in items]
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
+    lengths = [len(item["input_ids"]) for item in items]
+    targets = torch.cat([item["targets"] for item in items])
     pixels = [item["pixels"] for item in items if "pixels" in item]
     batch = {
         "index": [item["index"] for item in items],
-        "input_ids": pad("input_ids", pad_id),
-        # not from the ids: the pad token may be EOS
-        "attention_mask": pad("attention_mask", 0),
-        "image_places": torch.where(pad("is_image", False).flatten())[0],
-        "trained": torch.where(pad("targets", IGNORE).flatten() != IGNORE)[0],
+        "lengths": lengths,
+        "input_ids": torch.cat([item["input_ids"] for item in items]),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
+        "image_places": torch.where(torch.cat([item["is_image"] for item in items]))[0],
+        "trained": torch.where(targets != IGNORE)[0],
         "pixels": torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0),
     }
     for key in ("label_ids", "label_scores"):
         if key in items[0]:
-            batch[key] = torch.stack([item[key] for item in items])
+            batch[key] = np.stack([item[key] for item in items])
     return batch
 
 

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -94,8 +95,8 @@ def alignment_sums(model, dataset, device):
         own = first + rank()
         # A rank that has no sample left repeats one: FSDP gathers weights in each forward pass.
         i = own % len(dataset)
-        batch = to_device(collate([dataset[i]], pad_id=0), device)  # one sample: no padding
-        del batch["attention_mask"]
+        batch = to_device(collate([dataset[i]]), device)
+        del batch["index"]
         out = model(**batch, num_targets=1)  # divided by 1, loss_g stays a sum over tokens
 
         x_v = out["inputs"][batch["image_places"]]
@@ -109,8 +110,11 @@ def alignment_sums(model, dataset, device):
 
 
 def to_device(batch, device):
-    """The tensors of a batch, on the device."""
-    return {name: x.to(device) for name, x in batch.items() if torch.is_tensor(x)}
+    """A batch with its tensors on the device."""
+    return {
+        name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x
+        for name, x in batch.items()
+    }
 
 
 def all_sum(values, device):
@@ -340,8 +344,8 @@ def answer(
         max_length=10**9,  # nothing may be cut off
         text="prompt",
     )
-    pad_left = functools.partial(collate, pad_id=tokenizer.pad_token_id, side="left")
-    loader = DataLoader(dataset, batch_size, collate_fn=pad_left, num_workers=workers)
+    pad = functools.partial(pad_left, pad_id=tokenizer.pad_token_id)
+    loader = DataLoader(dataset, batch_size, collate_fn=pad, num_workers=workers)
 
     answers = []
     for batch in tqdm(loader, "answering", disable=len(samples) == 1):
@@ -356,6 +360,21 @@ def answer(
         ids = model.generate(batch, max_new_tokens=min(max_new_tokens, room))
         answers += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in answers]
+
+
+def pad_left(items, pad_id):
+    """Prompts, items of LlavaDataset -> input_ids and attention_mask [B, L], pixels, to generate.
+
+    Each prompt ends where its answer begins: at the right.
+    """
+    ids = [item["input_ids"] for item in items]
+    masks = [torch.ones_like(i) for i in ids]  # not from the ids: the pad token may be EOS
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return {
+        "input_ids": pad(ids, padding_value=pad_id),
+        "attention_mask": pad(masks),
+        "pixels": collate(items)["pixels"],
+    }
 
 
 def question_sample(text, image):

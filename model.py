@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -31,6 +33,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from adapter import Adapter
 from data import (
@@ -109,6 +113,8 @@ class SEAModel(nn.Module):
     def forward(
         self,
         input_ids,
+        position_ids,
+        lengths,
         image_places,
         trained,
         pixels,
@@ -119,12 +125,12 @@ class SEAModel(nn.Module):
     ):
         """A batch of data.collate -> dict of loss_g (Eq. 12) and, with labels, loss_a (Eq. 11).
 
-        input_ids [B, L], padded on the right, where causal attention never looks: it needs no mask.
-        image_places [images * m] and trained [T]: indices into the flattened input_ids, of <image>
-        and of the tokens to be predicted. pixels [images, 3, size, size]. label_ids and
-        label_scores [B, m, n], on the CPU, arrays or tensors.
+        input_ids and position_ids [L] of B sequences, one after another; lengths: how long each is.
+        image_places [images * m] and trained [T]: indices into input_ids, of <image> and of the
+        tokens to be predicted. pixels [images, 3, size, size]. label_ids and label_scores
+        [B, m, n], on the CPU.
         Also in the dict: with labels pairs and matched (see loss.sea_loss) and tau; under no_grad
-        inputs [B * L, D], which is X_input (Eq. 3).
+        inputs [L, D], which is X_input (Eq. 3).
 
         PAPER: L_g is a mean over the trained tokens. num_targets is what their sum is divided by,
         for a mean over several micro-batches and ranks; by default the number in this batch.
@@ -133,15 +139,12 @@ class SEAModel(nn.Module):
         visual_tokens = self.visual_tokens(pixels)  # Eq. 1
         text = self.embed_tokens(input_ids)  # Eq. 2, with a row to be replaced for each <image>
         rows = visual_tokens.flatten(0, 1).to(text.dtype)
-        inputs = text.flatten(0, 1).index_copy(0, image_places, rows)  # Eq. 3
-        decoder = self.llava.model.language_model
-        hidden = decoder(inputs_embeds=inputs.view_as(text), use_cache=False).last_hidden_state
+        inputs = text.index_copy(0, image_places, rows)  # Eq. 3
+        hidden = decode(self.llava.model.language_model, inputs, position_ids, lengths)
 
         # Position i predicts token i + 1. Positions that predict nothing never meet the LM head.
-        predicting = hidden.flatten(0, 1)[trained - 1]
-        logits = self.llava.lm_head(predicting)[:, : self.vocabulary_size]
-        token_ids = input_ids.flatten()[trained]
-        total = F.cross_entropy(logits.float(), token_ids, reduction="sum")
+        logits = self.llava.lm_head(hidden[trained - 1])[:, : self.vocabulary_size]
+        total = F.cross_entropy(logits.float(), input_ids[trained], reduction="sum")
         if num_targets is None:
             num_targets = max(1, len(trained))
         out = {"loss_g": total / num_targets}  # Eq. 12
@@ -197,7 +200,7 @@ class SEAModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, **kwargs):
-        """Greedy continuations of a batch of data.collate that is padded on the left.
+        """Greedy continuations of prompts, a batch of eval.pad_left.
 
         -> new token ids [B, at most max_new_tokens]. kwargs go to transformers' generate.
         """
@@ -251,6 +254,58 @@ class SEAModel(nn.Module):
         return [next(m for m in t.modules() if isinstance(m, nn.ModuleList)) for t in towers]
 
 
+# ----------------------------------------------------------------------------- attention
+
+
+def decode(decoder, inputs, position_ids, lengths):
+    """The hidden states [L, D] of sequences that lie one after another in inputs [L, D].
+
+    position_ids [L] restart with each sequence; lengths, a list, says how long each is.
+    """
+    out = decoder(
+        inputs_embeds=inputs[None],
+        position_ids=position_ids[None],
+        # A mask of four dimensions goes to packed_attention as it is, which does not look at it.
+        # Without one transformers would make its own, and wait for the GPU to see the positions.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device),
+        lengths=lengths,
+        use_cache=False,
+    )
+    return out.last_hidden_state[0]
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, lengths=None, sliding_window=None, **kwargs
+):
+    """Attention within each of the sequences that lie one after another, for transformers.
+
+    query, key, value [1, heads, L, width of a head] -> [1, L, heads, width], None. Without lengths,
+    as in generating, attention_mask counts.
+    """
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    attend = attend_in_windows if sliding_window else attend_within
+    return attend(module, query, key, value, lengths, sliding_window, **kwargs), None
+
+
+def attend_within(module, query, key, value, lengths, sliding_window, **kwargs):
+    outputs = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
+        mask = None  # plainly causal
+        n = q.shape[2]
+        if sliding_window and n > sliding_window:  # a position sees so many, itself included
+            is_near = torch.ones(n, n, dtype=torch.bool, device=q.device)
+            mask = is_near.tril().triu(1 - sliding_window)[None, None]
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1)
+
+
+# --compile would compile it anew for each set of sequences that are longer than the window.
+attend_in_windows = torch.compiler.disable(attend_within)
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)  # for generating
+
+
 # ----------------------------------------------------------------------------- from parts
 
 
@@ -279,7 +334,7 @@ def new_model(vision, llm, dtype=torch.float32, tau=1.0):
 
 def assemble(tower, llm, tokenizer, image_size):
     """Put a vision tower, a new Adapter and an LLM into transformers' Llava."""
-    refuse_llm(llm)
+    fit_llm(llm)
     image_token_id = prepare_tokenizer(tokenizer)
     vocabulary_size = llm.config.vocab_size  # resizing changes the config's
     if len(tokenizer) > vocabulary_size:  # <image> has no row in the embedding
@@ -308,8 +363,8 @@ def assemble(tower, llm, tokenizer, image_size):
 
 
 @torch.no_grad()
-def refuse_llm(llm, name="--llm"):
-    """Raise UserError if transformers' Llava would not compute what this LLM computes.
+def fit_llm(llm, name="--llm"):
+    """Give an LLM packed_attention. UserError if it would not compute what it did without.
 
     It is run on a few tokens, as a whole and as SEAModel.forward runs it; not on the meta device.
     """
@@ -319,22 +374,36 @@ def refuse_llm(llm, name="--llm"):
     if not is_usual or llm.lm_head.bias is not None:
         raise UserError(f"{misfit} takes a decoder with embed_tokens and an LM head without bias")
     if llm.device.type == "meta":
+        llm.set_attn_implementation("packed")
         return
-    ids = torch.arange(1, 9, device=llm.device)[None] * (llm.config.vocab_size // 9)
-    own = llm(ids, use_cache=False).logits.float()
+    ids = torch.arange(1, 9, device=llm.device) * (llm.config.vocab_size // 9)
+    own = llm(ids[None], use_cache=False).logits[0].float()
+    llm.set_attn_implementation("packed")
     embeds = llm.get_input_embeddings()(ids)
+    positions = torch.arange(8, device=llm.device)
     try:
-        hidden = llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        hidden = decode(llm.model, embeds, positions, [8])
+        twice = decode(llm.model, embeds.repeat(2, 1), positions.repeat(2), [8, 8])
         # The mean is no row of the embedding: a decoder that looks up the ids of rows fails here.
-        llm.model(inputs_embeds=embeds.mean(1, keepdim=True), use_cache=False)
+        decode(llm.model, embeds.mean(0, keepdim=True), positions[:1], [1])
     except Exception as e:  # each decoder has its own way to say it
-        raise UserError(f"{misfit} gives the decoder embeddings of any kind, and no ids") from e
-    difference = (llm.lm_head(hidden).float() - own).norm() / own.norm()
+        raise UserError(
+            f"{misfit} runs the decoder on embeddings of any kind, without ids, by torch's "
+            f"scaled_dot_product_attention ({str(e)[:200]}); use another LLM"
+        ) from e
     # Rounding stays far below this; softcapping or scaling does not. NaN is refused too.
-    if not difference <= max(1e-6, torch.finfo(llm.dtype).eps / 16):
+    most = max(1e-6, torch.finfo(llm.dtype).eps / 16)
+    difference = (llm.lm_head(hidden).float() - own).norm() / own.norm()
+    if not difference <= most:
         raise UserError(
             f"{misfit} takes the logits from the LM head as they are: this LLM's own differ from "
             f"them by {100 * difference:.2g} %, as with softcapping or scaling; use another LLM"
+        )
+    first, second = twice.float().chunk(2)
+    if not (first - second).norm() <= most * first.norm():
+        raise UserError(
+            f"{name}: {type(llm).__name__} does not keep sequences apart that lie one after "
+            "another: it mixes positions otherwise than by transformers' attention; use another LLM"
         )
 
 
@@ -525,10 +594,10 @@ def load_llava(name, dtype):
             )
         llava = load_weights(AutoModelForImageTextToText, name, config, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        with torch.device("meta"):  # refuse_llm needs the LLM's own class, around these weights
+        with torch.device("meta"):  # fit_llm needs the LLM's own class, around these weights
             llm = AutoModelForCausalLM.from_config(config.text_config)
         llm.model, llm.lm_head = llava.model.language_model, llava.lm_head
-        refuse_llm(llm, name)
+        fit_llm(llm, name)
 
         projector = llava.model.multi_modal_projector.float()
         adapter = new_adapter(projector.linear_1.in_features, llava)

@@ -70,7 +70,7 @@ from data import (
     sample_lengths,
     world_size,
 )
-from eval import alignment_sums, all_sum, append_json_line
+from eval import alignment_sums, all_sum, append_json_line, to_device
 from labels import LabelStore, wait_for, write_file
 from loss import total_loss
 from model import (
@@ -461,7 +461,7 @@ def train_step(run, batches, step):
         # DDP averages gradients in the last micro-batch only; FSDP in each.
         run.parallel_model.require_backward_grad_sync = i == len(batches) - 1
         out = run.forward(
-            **model_inputs(batch, run.device),
+            **to_device(batch, run.device),
             num_targets=num_targets,
             window=cfg.window,
             generator=micro_batch_generator(cfg, step, i),
@@ -508,18 +508,6 @@ def lr_at(step, steps, warmup_ratio):
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def model_inputs(batch, device):
-    """A batch of data.collate as the model takes it: on the device, its labels as CPU arrays.
-
-    FSDP would move label tensors to the GPU, where drawing from them waits; it leaves arrays.
-    """
-    moved = {"input_ids", "image_places", "trained", "pixels"}
-    labels = {"label_ids", "label_scores"} & batch.keys()
-    return {name: batch[name].to(device, non_blocking=True) for name in moved} | {
-        name: batch[name].numpy() for name in labels
-    }
-
-
 def micro_batch_generator(cfg, step, i):
     """The generator of this rank's i-th micro-batch of a step, keyed by (seed, its number).
 
@@ -549,7 +537,7 @@ def micro_batch_loader(train_set, run, first_step):
         train_set,
         batch_sampler=order,
         num_workers=cfg.workers,
-        collate_fn=functools.partial(collate, pad_id=run.model.tokenizer.pad_token_id),
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=end_quietly,
     )

@@ -54,9 +54,12 @@ def tiny_tokenizer(text):
 
 def whole_input(model, input_ids, pixels, **_):
     """X_input (Eq. 3) as model.forward gives it to the LLM: [B, L, D]."""
-    places = torch.where(input_ids.flatten() == model.llava.config.image_token_id)[0]
-    inputs = model(input_ids, places, torch.arange(0), pixels)["inputs"]
-    return inputs.view(*input_ids.shape, -1)
+    ids = input_ids.flatten()
+    rows, length = input_ids.shape
+    positions = torch.arange(length).repeat(rows)
+    places = torch.where(ids == model.llava.config.image_token_id)[0]
+    out = model(ids, positions, [length] * rows, places, torch.arange(0), pixels)
+    return out["inputs"].view(rows, length, -1)
 
 
 def pytest_collection_modifyitems(items):

@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+from test_packing import tiny_llm
 from test_train import ROOT, metrics
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 import train
+from model import decode, fit_llm
 
 CHECKPOINT = ["--grad_checkpoint", "--no-grad_checkpoint"]
 
@@ -37,6 +39,7 @@ class CountingBackend:
 def backend(monkeypatch):
     """The compiler's front end is the real one; only what it hands its graphs to counts them."""
     torch._dynamo.reset()
+    counters.clear()
     counting = CountingBackend()
     compile = torch.compile
     monkeypatch.setattr(
@@ -48,23 +51,43 @@ def backend(monkeypatch):
 
 @pytest.mark.parametrize("flag, forwards", list(zip(CHECKPOINT, (2, 1))))
 def test_each_block_is_one_graph(finetune_flags, backend, flag, forwards):
-    """No block runs outside of its graph, in forward or recomputed; any length fits into it."""
+    """No block runs outside of its graph, in forward or recomputed; any lengths fit into it."""
     cfg = train.parse_config([*finetune_flags, "--compile", flag])
     model, _ = train.build_model(cfg, torch.device("cpu"))
     layers = len(model.blocks()[1])
     graphs = []
-    for length in (30, 37, 41):
-        ids = torch.full((2, length), 5)
-        pixels = torch.zeros(0, 3, 0, 0)
-        out = model(ids, torch.arange(0), torch.arange(1, length), pixels)
+    for lengths in ([30, 30], [37, 12], [41, 9]):
+        ids = torch.full((sum(lengths),), 5)
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        trained = torch.arange(1, lengths[0])
+        out = model(ids, positions, lengths, torch.arange(0), trained, torch.zeros(0, 3, 0, 0))
         out["loss_g"].backward()
         graphs.append(len(backend.graphs))
     assert backend.runs == 3 * layers * forwards
     assert graphs[0] == graphs[2]
-    # the block as a whole: attention, seven matrices
+    # the block as a whole: attention of two sequences, seven matrices
     for graph in backend.graphs:
         assert sum(n for name, n in graph.items() if "linear" in name) == 7
-        assert sum(n for name, n in graph.items() if "scaled_dot_product" in name) == 1
+        assert sum(n for name, n in graph.items() if "scaled_dot_product" in name) == 2
+
+
+def test_blocks_with_windows_are_graphs_around_their_attention(backend):
+    """However many sequences are longer than the window: none of these compiles anew."""
+    llm = tiny_llm("mistral").float()
+    fit_llm(llm)
+    for block in llm.model.layers:
+        block.forward = torch.compile(block.forward, dynamic=True)
+    graphs = []
+    for lengths in ([9, 2, 2], [9, 9, 9], [2, 9, 2], [2, 2, 2]):
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        with torch.no_grad():
+            decode(llm.model, torch.randn(sum(lengths), 16), positions, lengths)
+        graphs.append(len(backend.graphs))
+    assert graphs[0] == graphs[-1]
+    assert all("attend_within" in reason for reason in counters["graph_break"])
+    names = collections.Counter(name for graph in backend.graphs for name in graph)
+    assert any("linear" in name for name in names)
+    assert not any("scaled_dot_product" in name for name in names)
 
 
 @pytest.mark.real

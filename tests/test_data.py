@@ -450,23 +450,23 @@ def test_word_tokens_are_those_of_the_word_inside_a_sentence(tokenizer):
 # batches
 
 
-def test_collate_pads_right_masks_by_length_and_finds_places(tokenizer):
+def test_collate_lays_sequences_one_after_another_and_finds_places():
     items = [
         dict(
             index=i,
-            input_ids=torch.full((n,), tokenizer.pad_token_id),
-            attention_mask=torch.ones(n, dtype=torch.int64),
+            input_ids=torch.arange(n) + 10 * i,
             is_image=torch.arange(n) == 1,
             targets=torch.arange(n).masked_fill(torch.arange(n) < 2, IGNORE),
             pixels=torch.zeros(3, 4, 4),
         )
         for i, n in enumerate((3, 5))
     ]
-    batch = collate(items, tokenizer.pad_token_id)
-    # although every id is the pad token
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert batch["image_places"].tolist() == [1, 6]
-    assert batch["trained"].tolist() == [2, 7, 8, 9]
+    batch = collate(items)
+    assert batch["input_ids"].tolist() == [0, 1, 2, 10, 11, 12, 13, 14]
+    assert batch["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert batch["lengths"] == [3, 5]
+    assert batch["image_places"].tolist() == [1, 4]
+    assert batch["trained"].tolist() == [2, 5, 6, 7]
     assert batch["index"] == [0, 1]
 
 

@@ -117,7 +117,7 @@ def make_run(argv, device, dtype=torch.bfloat16):
         store = train.LabelStore(cfg.labels) if cfg.sea_weight > 0 else None
         train_set, val_set = train.build_data(cfg, model, samples, store)
     items = [train_set[i] for i in range(cfg.batch_size)]
-    batch = data.collate(items, model.tokenizer.pad_token_id)
+    batch = data.collate(items)
     for part in (model.vision_tower, model.llava.model.language_model):
         part.set_attn_implementation("eager")  # the choice of another would ask the driver
     move(model, device)

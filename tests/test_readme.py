@@ -52,11 +52,14 @@ def test_the_loss_in_a_trainer_of_ones_own(world, labels, tmp_path, monkeypatch)
 
     rows = [store[i] for i in index]
     prompt = model.tokenizer("<image>" * model.image_tokens + "a door", return_tensors="pt")
-    ids = prompt["input_ids"].expand(len(index), -1)
+    length = prompt["input_ids"].shape[1]
+    ids = prompt["input_ids"][0].repeat(len(index))
     torch.manual_seed(0)
     out = model(
         ids,
-        torch.where(ids.flatten() == model.llava.config.image_token_id)[0],
+        torch.arange(length).repeat(len(index)),
+        [length] * len(index),
+        torch.where(ids == model.llava.config.image_token_id)[0],
         torch.arange(0),
         pixels,
         torch.stack([label_ids for label_ids, _ in rows]),

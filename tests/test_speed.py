@@ -4,8 +4,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from tools import speed
 
@@ -28,7 +30,30 @@ def test_all_steps_have_the_same_loss(stage, count, capsys):
     assert len(losses) == count and max(map(float, losses)) - min(map(float, losses)) < 2e-3
 
 
-def test_padding_is_none_in_batches_of_one():
-    useful = speed.time_padding(samples=400, batch_size=1, ranks=2)
-    assert useful == {"grouped": 1.0, "random": 1.0}
-    assert max(speed.time_padding(samples=400, batch_size=4, ranks=2).values()) < 1
+def test_packing_has_the_loss_of_padding():
+    """And takes the same micro-batches."""
+    losses = {"packed": [], "padded": []}
+    compare = speed.compare
+
+    def keep_losses(steps, repeats):
+        def kept(name):
+            return lambda: losses[name].append(steps[name]())
+
+        return compare({name: kept(name) for name in steps}, repeats)
+
+    with patch.object(speed, "compare", keep_losses):
+        result = speed.main(["packing", "--llm", "tiny", "--batch_size", "3", "--repeats", "2"])
+    assert 0.5 < result["useful"] < 1
+    assert len(losses["packed"]) == 3 and len(set(losses["packed"])) == 3
+    assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-4)
+
+
+def test_padding_is_to_the_longest():
+    items = [dict(input_ids=torch.arange(n), is_image=torch.ones(n) > 0) for n in (2, 4)]
+    for item in items:
+        item["targets"] = item["input_ids"]
+    padded = speed.pad(items)
+    assert padded[0]["input_ids"].tolist() == [0, 1, 0, 0]
+    assert padded[0]["targets"].tolist() == [0, 1, -100, -100]
+    assert padded[0]["is_image"].tolist() == [True, True, False, False]
+    assert padded[1]["input_ids"].tolist() == [0, 1, 2, 3]

@@ -145,12 +145,12 @@ def test_blocks_are_recomputed(flags, flag, times):
     _, llm_blocks = model.blocks()
     for block in llm_blocks:
         block.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    ids = torch.full((1, 30), model.llava.config.image_token_id)
-    ids[:, model.image_tokens :] = 5
+    ids = torch.full((30,), model.llava.config.image_token_id)
+    ids[model.image_tokens :] = 5
     places = torch.arange(model.image_tokens)
-    model(ids, places, torch.arange(model.image_tokens, 30), torch.rand(1, 3, 30, 30))[
-        "loss_g"
-    ].backward()
+    trained = torch.arange(model.image_tokens, 30)
+    out = model(ids, torch.arange(30), [30], places, trained, torch.rand(1, 3, 30, 30))
+    out["loss_g"].backward()
     assert len(calls) == times * len(llm_blocks)
 
 
@@ -240,9 +240,10 @@ def test_validation_takes_its_cosines_in_float32(flags):
     run, val_set, _ = make_run([*flags, "--dtype", "bfloat16", "--out_dir", "none"])
     scores = []
     for item in val_set:
-        batch = collate([item], pad_id=0)
+        batch = collate([item])
+        del batch["index"]
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            out = run.model(*(batch[k] for k in ("input_ids", "image_places", "trained", "pixels")))
+            out = run.model(**batch)
         inputs = out["inputs"].double()
         words = inputs[batch["trained"]][:-1]
         best = [

@@ -3,15 +3,16 @@
     python -m tools.speed step      a step of stage 1 against transformers' own Llava: its time and
                                     memory; 4 x (576 + 40) positions, on two CPU cores
     python -m tools.speed step --llm vicuna-7b --batch_size 16 --grad_checkpoint          on a GPU
-    python -m tools.speed words     labels.nearest_words against the bare matrix product
-    python -m tools.speed padding   what padding costs stage 2, by the order of the samples
-    python -m tools.speed gpu       words, and step with Gemma-2B and Vicuna-7B, on one GPU of 80 GB
+    python -m tools.speed words     labels.nearest_words against the bare matrix product, and faiss
+    python -m tools.speed packing   a step of stage 2 against one with padded sequences
+    python -m tools.speed gpu       all of it, with Gemma-2B and Vicuna-7B, on one GPU of 80 GB
     python -m tools.speed gpu --tiny                      the same in miniature, to see that it runs
 
 The models have the true shapes and random weights; nothing is downloaded. A step is train.py's own:
 forward, backward, AdamW, and what is logged.
 """
 
+import functools
 import io
 import json
 import resource
@@ -117,7 +118,6 @@ def random_item(model, i, text_length, is_trained=1.0):
     return {
         "index": i,
         "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
         "is_image": is_image,
         "targets": ids.masked_fill(is_image | ~trains, IGNORE),
         "pixels": torch.randn(3, 336, 336, generator=rng),
@@ -135,11 +135,12 @@ def make_steps(llm, tower_layers, stage, batch_size, text, grad_checkpoint, comp
     model = run.model
     share = 1.0 if stage == "pretrain" else 0.5
     items = [random_item(model, i, text, share) for i in range(batch_size)]
-    batch = collate(items, model.tokenizer.pad_token_id)
+    batch = collate(items)
     baseline = {name: x for name, x in batch.items() if not name.startswith("label")}
+    input_ids = torch.stack([item["input_ids"] for item in items])
     inputs = {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
         "pixel_values": batch["pixels"].to(run.dtype),
         "labels": torch.stack([item["targets"] for item in items]),
     }
@@ -235,6 +236,15 @@ def time_search(patches: int = 4096, words: int = 400_000, dim: int = 768, repea
         "product in float32": lambda: multiply(patch_embeds, word_embeds),
         "product in bfloat16": lambda: multiply(bf16_patches, bf16_words),
     }
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        print("faiss is not installed: it is left out")
+    else:  # on the CPU, whatever the device
+        index = faiss.IndexFlatIP(dim)
+        index.add(word_embeds.cpu().numpy())
+        queries = patch_embeds.cpu().numpy()
+        searches["faiss, exact, CPU"] = lambda: index.search(queries, 10)
     return compare(searches, repeats)
 
 
@@ -300,41 +310,69 @@ def time_steps(
     }
 
 
-def time_padding(samples: int = 200_000, batch_size: int = 16, ranks: int = 8):
-    """The share of stage 2's positions that are padding, in LLaVA's order and in a random one.
+def mix_lengths(samples):
+    """Lengths like those of LLaVA's mix for stage 2 -> has_image, words, positions: [samples] each.
 
-    Lengths like those of LLaVA's mix: 94 % with an image; log-normal texts, cut at 2,048.
+    94 % have an image; texts are log-normal, cut at 2,048 positions.
     """
     rng = np.random.default_rng(0)
     has_image = rng.random(samples) < 0.94
     words = rng.lognormal(5.0, 0.8, samples).clip(5, 1400).astype(int)
     positions = np.minimum(2048, (1.35 * words).astype(int) + 40 + 576 * has_image)
-    lengths = np.where(has_image, words, -words)
-    orders = {
-        "grouped": grouped_order(lengths, batch_size, ranks, 0, 0),
-        "random": rng.permutation(samples),
-    }
-    useful = {}
-    for name, order in orders.items():
-        whole = len(order) // batch_size * batch_size
-        rows = positions[order[:whole]].reshape(-1, batch_size)
-        useful[name] = rows.sum() / (rows.max(1) * batch_size).sum()
-        print(f"{name:10} {1 - useful[name]:.1%} padding")
-    gain = useful["grouped"] / useful["random"]
-    print(
-        f"grouped: {gain:.2f} x the useful tokens; no padding at all: {1 / useful['grouped']:.2f} x"
-    )
-    return useful
+    return has_image, words, positions
+
+
+def time_packing(llm: LLM = "gemma-3-270m", batch_size: int = 8, ranks: int = 8, repeats: int = 3):
+    """Time a step of stage 2 as it is against one whose sequences are padded to the longest.
+
+    Micro-batches are the first of stage 2's order on so many ranks, of lengths like LLaVA's mix.
+    """
+    has_image, words, positions = mix_lengths(200_000)
+    order = grouped_order(np.where(has_image, words, -words), batch_size, ranks, 0, 0)
+    rows = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    share = positions[rows].sum() / (positions[rows].max(1) * batch_size).sum()
+    print(f"\npadding would be {1 - share:.1%} of the positions of a whole epoch")
+
+    cfg = train.parse_config(f"--stage finetune --batch_size {batch_size} --llm x".split())
+    run = random_run(llm, tower_layers=2, cfg=cfg)
+    batches = {"packed": [], "padded": []}
+    with_image = [row for row in rows if has_image[row].all()]
+    for row in with_image[: repeats + 1]:
+        items = [random_item(run.model, int(i), int(positions[i]) - 576, 0.5) for i in row]
+        batches["packed"].append(collate(items))
+        batches["padded"].append(collate(pad(items)))
+    print(f"{llm}, {[batch['lengths'] for batch in batches['packed']]}, {run.device}", flush=True)
+
+    def step_with(queue):
+        return train.train_step(run, [dict(queue.pop(0))], 1)["loss_g"]
+
+    steps = {name: functools.partial(step_with, queue) for name, queue in batches.items()}
+    return {"useful": share} | compare(steps, repeats)
+
+
+def pad(items):
+    """Items of LlavaDataset, as long as the longest of them."""
+    longest = max(len(item["input_ids"]) for item in items)
+    padded = []
+    for item in items:
+        more = longest - len(item["input_ids"])
+        fills = {"input_ids": 0, "is_image": False, "targets": IGNORE}
+        longer = {key: F.pad(item[key], (0, more), value=value) for key, value in fills.items()}
+        padded.append(item | longer)
+    return padded
 
 
 def gpu(out: str = "gpu.json", tiny: bool = False):
-    """The tests marked gpu, the search, steps of Gemma-2B and Vicuna-7B; writes a JSON file."""
+    """The tests marked gpu, the search, packing, steps of two LLMs; writes a JSON file."""
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
     results = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     results["tests"] = subprocess.run(tests).returncode
     for words in (400, 4000) if tiny else (40_000, 4_000_000):
         patches = 64 if tiny else 32 * 576
         results[f"{words} words"] = time_search(patches, words, repeats=3)
+    results["packing"] = time_packing(
+        "tiny" if tiny else "gemma-2b", 2 if tiny else 16, repeats=1 if tiny else 3
+    )
     llms = ["tiny"] if tiny else ["gemma-2b", "vicuna-7b"]
     size = dict(batch_size=2, repeats=1) if tiny else dict(batch_size=16, repeats=5)
     runs = [(llm, "pretrain", more, 64) for llm in llms for more in ({}, {"grad_checkpoint": True})]
@@ -353,8 +391,8 @@ def gpu(out: str = "gpu.json", tiny: bool = False):
 
 
 def main(argv=None):
-    commands = {"step": time_steps, "words": time_search, "padding": time_padding, "gpu": gpu}
-    run_command(__doc__, commands, argv)
+    commands = {"step": time_steps, "words": time_search, "packing": time_packing, "gpu": gpu}
+    return run_command(__doc__, commands, argv)
 
 
 if __name__ == "__main__":
