@@ -36,6 +36,7 @@ for suffix in "" _baseline; do
     run=$name$suffix
     flags=()
     [ "$llm" = vicuna-7b ] || flags+=(--llm "$llm")
+    [ "$llm" != gemma-2b ] || flags+=(--no-grad_checkpoint) # of 80 GB it takes 54
     [ -z "$suffix" ] || flags+=(--sea_weight 0)
     [ -d "out/$run/model" ] ||
         torchrun --nproc_per_node="$gpus" train.py --stage pretrain --data $captions "${flags[@]}" \

@@ -1,23 +1,43 @@
-"""What a run will cost on N GPUs: parameters, steps, hours, memory, disk. Runs on any computer.
+"""What a run will cost on N GPUs: two of its steps are executed on tensors that hold no numbers.
 
     python -m tools.plan 8 --stage pretrain             the paper's run on 8 GPUs
     python -m tools.plan 8 --stage finetune --fsdp
 
-All flags are train.py's. The model is built on the meta device: config, tokenizer and preprocessor
-files are read, weights are not (but those of an adapter), and nothing is written. Counts are exact.
-Memory is estimated by the formulas below, for bf16 on GPUs unless --dtype float32.
+All flags are train.py's. Any computer will do: the model is built without weights (only config,
+tokenizer and preprocessor files are read), the other ranks are not there, and nothing is written.
+What would fail in the first step on a GPU, such as a wrong shape or dtype, fails here.
+
+Memory is what the run's own code allocates on the first GPU, for bf16 unless --dtype float32. Left
+out, some GiB: the CUDA context, gaps of the allocator, kernels' workspaces, buffers of NCCL.
+Hours are counted operations at an assumed speed, if loading images keeps pace.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import functools
 import math
 import os
 import sys
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
 
 import train
-from data import UserError, cli, load_samples, world_size
+from data import IGNORE, UserError, cli, collate, load_samples, sample_lengths, world_size
 
 # Number of samples in the recipes' files, to plan before the download. The last two are rounded.
 SAMPLES = {
@@ -26,10 +46,12 @@ SAMPLES = {
     "alignment_2.5m.jsonl": 2_500_000,
     "Cambrian7M_withsystemprompt.jsonl": 7_070_000,
 }
-TEXT_LENGTH = {"pretrain": 64, "finetune": 512}  # text positions of a typical sample
+TEXT_LENGTH = {"pretrain": 64, "finetune": 320}  # positions of a text: a guess for these files
+TOKENS_PER_WORD = 1.35
 TRAINED_SHARE = {"pretrain": 1.0, "finetune": 0.5}  # of them, how many are targets
 LABELS = 10  # per patch, the default of labels.py extract
-SPEED = 0.4 * 989e12  # operations a second: a share, assumed, of what an H100 or H800 does in bf16
+PEAK = 989e12  # operations a second of an H100 or H800 in bf16
+UTILISATION = 0.4  # the share of it that is assumed
 
 # ----------------------------------------------------------------------------- the plan
 
@@ -60,6 +82,7 @@ def shapes_of_run(argv):
         stage_1 = train.parse_config(["--preset", given.preset])
         argv = [*argv, "--llm", stage_1.llm, "--vision", stage_1.vision]
     cfg = train.parse_config(argv)
+    cfg = dataclasses.replace(cfg, dtype=cfg.dtype or "bfloat16")
     with torch.device("meta"):
         model, dtype = train.build_model(cfg, torch.device("meta"))
     return cfg, model, dtype
@@ -71,22 +94,28 @@ def plan(cfg, model, dtype):
     is_pretrain = cfg.stage == "pretrain"
     loaded = sum(p.numel() * (p.itemsize if is_pretrain else 4) for p in model.parameters())
     cpu = {"while loading": loaded * min(ranks, 8)}  # a node has up to 8 ranks; each loads all
-
     params = {"all": count_parameters(model), "trained": count_parameters(model, trained=True)}
     steps = plan_steps(cfg, ranks, model.image_tokens)
-    typical = min(cfg.max_length, model.image_tokens + TEXT_LENGTH[cfg.stage])
-    gpu = {length: gpu_memory(cfg, model, ranks, length) for length in (typical, cfg.max_length)}
     disk = plan_disk(cfg, steps, params, dtype, model.image_tokens)
-
     print(f"{cfg.stage} on {ranks} GPUs: {model.parts}; {cfg.data}")
     if not Path(cfg.data).is_file():
         print(f"{cfg.data} is not here; it has about {steps['samples']:,} samples")
     print_table("parameters", params)
     print_table("steps", {"": steps})
-    print_table("GPU memory by positions, GiB", gpu, 2**30)
-    operations = steps["steps"] * steps["samples a step"] * plan_operations(cfg, model, typical)
-    hours = operations / (ranks * SPEED * 3600)
-    print(f"\n{hours:.1f} hours at 40 % of an H100's speed, if loading images keeps pace")
+
+    mean = min(cfg.max_length, model.image_tokens + mean_text(cfg))
+    longest = cfg.max_length if not is_pretrain else mean  # captions are short
+    if mean <= model.image_tokens + 1:
+        raise UserError(f"--max_length {cfg.max_length} leaves no room for text beside an image")
+    gpu, operations = dry_run(cfg, model, dtype, [mean, longest])
+    for positions, phases in gpu.items():
+        title = f"GPU memory, GiB: {cfg.batch_size} x {positions:,}"
+        print_table(title, phases, 2**30)
+    hours = steps["steps"] * operations / (UTILISATION * PEAK * 3600)
+    print(
+        f"\n{hours:.1f} hours: {operations:.2e} operations a step and GPU, at "
+        f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s (H100)"
+    )
     print_table("CPU memory of a node, GiB", {"": cpu}, 2**30)
     print_table("disk, GB", {"": disk}, 10**9)
     return dict(params=params, steps=steps, gpu=gpu, cpu=cpu, disk=disk, hours=hours)
@@ -123,16 +152,13 @@ def plan_steps(cfg, ranks, image_tokens):
     }
 
 
-def plan_operations(cfg, model, positions):
-    """Multiplications and additions for a sample: two for each weight, position and pass.
-
-    Backward is one pass, and another for trained weights; --grad_checkpoint adds one. Left out: the
-    LM head, attention (3 % in stage 1 of Vicuna-7B) and SEA (0.1 %).
-    """
-    vision, llm = (numel(blocks.parameters()) for blocks in model.blocks())
-    llm_passes = 2 + (cfg.stage == "finetune") + cfg.grad_checkpoint
-    vision_passes = 3 + cfg.grad_checkpoint if cfg.tune_vision else 1
-    return 2 * (vision * vision_passes * model.image_tokens + llm * llm_passes * positions)
+def mean_text(cfg):
+    """Positions that the text of a sample takes: of the data file if it is here, else a guess."""
+    if not Path(cfg.data).is_file():
+        return TEXT_LENGTH[cfg.stage]
+    samples = load_samples(cfg.data, captions=cfg.stage == "pretrain")
+    words = abs(sample_lengths(samples)).mean()
+    return math.ceil(TOKENS_PER_WORD * words) + 8  # and what the chat format writes
 
 
 def plan_disk(cfg, steps, params, dtype, image_tokens):
@@ -165,90 +191,203 @@ def print_table(title, columns, unit=1):
         print(f"{row:32}" + "".join(cells))
 
 
-# ----------------------------------------------------------------------------- GPU memory
+# ----------------------------------------------------------------------------- the dry run
+
+aten = torch.ops.aten
+ATTENTION_OPERATIONS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
 
-def gpu_memory(cfg, model, ranks, positions):
-    """Bytes on one GPU as backward begins, by part. positions: of a sample, image included.
+# Without numbers these take operands of several dtypes.
+MATRIX_PRODUCTS = (
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+PHASES = "forward", "backward", "optimizer"
 
-    frozen: weights in the compute dtype. trained, gradients, moments: 4, 4 and 8 bytes for each
-    trained weight. --fsdp divides these four by the ranks.
-    copies: autocast's bf16 copy of each trained weight, or what --fsdp gathers.
-    activations: what all blocks keep; with --grad_checkpoint, their inputs and what one keeps.
-    logits: of trained positions, their log-probabilities in fp32, and the gradients of both.
-    Left out: some GiB for the CUDA context, the allocator's gaps and the kernels' buffers.
+
+def dry_run(cfg, model, dtype, lengths):
+    """Execute steps of the run as its rank 0 -> memory, operations.
+
+    model: on the meta device. lengths: of the samples of a step, image included. Memory is that of
+    a step when AdamW has its moments, at the peak of each phase: {length: {phase: {kind: bytes}}}.
+    Operations are those of this rank in a step of the first length: a multiplication and its
+    addition are two, recomputed ones count again.
     """
-    size = 4 if cfg.dtype == "float32" else 2  # bytes of a number in the compute dtype
-    shards = ranks if cfg.fsdp else 1
-    trained = numel(model.parameters(), trained=True)
-    autocast_copies = 2 * trained if size == 2 else 0
-    text = max(0, positions - model.image_tokens)
-    targets = cfg.batch_size * text * TRAINED_SHARE[cfg.stage]
-    memory = {
-        "frozen": sum(p.nbytes for p in model.parameters() if not p.requires_grad) / shards,
-        "trained": 4 * trained / shards,
-        "gradients": 4 * trained / shards,
-        "moments": 8 * trained / shards,
-        "copies": gathered_bytes(model, size) if cfg.fsdp else autocast_copies,
-        "activations": activation_bytes(cfg, model, positions, size),
-        "logits": (8 + 2 * size) * targets * model.llava.lm_head.weight.shape[0],
+    ranks = world_size()
+    batches = {length: make_batch(cfg, model, length) for length in lengths}
+    # Labels are words of two tokens, as many as a batch has patches.
+    model.word_token_ids = [[1, 1]] * (ranks * cfg.batch_size * model.image_tokens)
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    mesh = init_device_mesh("cpu", (ranks,))  # before the mode, for it holds numbers
+    patches = (
+        mock.patch.object(train, "fully_shard", functools.partial(fully_shard, mesh=mesh)),
+        # DDP needs numbers. It adds no memory: its buckets are the gradients.
+        mock.patch.object(train, "DistributedDataParallel", lambda model, **_: model),
+        # Numbers that are read are 0, 1, 2 ...: labels, so that all differ, and what is logged.
+        mock.patch.object(FakeTensor, "tolist", lambda x: list(range(len(x)))),
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        for patch in patches:
+            stack.enter_context(patch)
+        fakes = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        make_fake(model)
+        device = torch.device("cpu")
+        parallel_model = train.parallelize(cfg, model, dtype)
+        optimizer = train.build_optimizer(cfg, model)
+        run = MeasuredRun(cfg, device, dtype, model, parallel_model, optimizer, steps=1000)
+        run.meter = meter = Meter(model, optimizer, fakes)
+        optimizer.register_step_pre_hook(lambda *_: meter.enter("optimizer"))
+
+        def step(length):
+            train.train_step(run, [dict(batches[length]) for _ in range(cfg.grad_accum)], step=1)
+
+        memory = {}
+        with meter:
+            step(lengths[0])  # makes the moments
+            for length in lengths:
+                meter.peaks = {}
+                step(length)
+                memory[length] = {phase: meter.peaks[phase] for phase in PHASES}
+        # Not under the meter, for which it would keep alive what is recomputed.
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_OPERATIONS) as counter:
+            step(lengths[0])
+    return memory, counter.get_total_flops()
+
+
+def make_batch(cfg, model, length):
+    """A batch of data.collate whose samples have an image and `length` positions each."""
+    place = torch.arange(length)
+    is_image = (place >= 1) & (place <= model.image_tokens)
+    text = length - model.image_tokens
+    targets = place.masked_fill(place < length - TRAINED_SHARE[cfg.stage] * text + 1, IGNORE)
+    size = model.preprocess["size"]
+    item = {
+        "index": 0,
+        "input_ids": torch.zeros(length, dtype=torch.int64),
+        "is_image": is_image,
+        "targets": targets,
+        "pixels": torch.zeros(3, size, size),
     }
-    memory["total"] = sum(memory.values())
-    return memory
+    if cfg.sea_weight > 0:
+        item["label_ids"] = torch.zeros(model.image_tokens, LABELS, dtype=torch.int64)
+        item["label_scores"] = torch.ones(model.image_tokens, LABELS)
+    return collate([item] * cfg.batch_size)
 
 
-def gathered_bytes(model, size):
-    """What FSDP2 holds unsharded: the block in use, the next block, and all that is in no block.
+def make_fake(model):
+    """Replace the tensors of a model, which are on the meta device, by fake ones of the CPU."""
+    fakes = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is None:
+                    continue
+                if x not in fakes:  # weights may be tied
+                    fakes[x] = torch.empty(x.shape, dtype=x.dtype)
+                    if isinstance(x, torch.nn.Parameter):
+                        fakes[x] = torch.nn.Parameter(fakes[x], x.requires_grad)
+                tensors[name] = fakes[x]
 
-    Their weights, in the compute dtype; and for all but the next block the gradients of trained
-    weights, in that dtype and in fp32.
+
+class MeasuredRun(train.Run):
+    """A Run that tells its meter where forward begins and ends."""
+
+    def forward(self, **batch):
+        self.meter.enter("forward")
+        out = super().forward(**batch)
+        self.meter.enter("backward")
+        return out
+
+
+class Meter(TorchDispatchMode):
+    """Follows the bytes of all tensors that live -> peaks: {phase: {kind: bytes}}.
+
+    torch's own MemTracker fails on frozen parameters, and knows no phases.
     """
-    outside = numel(model.parameters())
-    trained_outside = numel(model.parameters(), trained=True)
-    largest = 0
-    for blocks in model.blocks():
-        for block in blocks:
-            weights = numel(block.parameters())
-            trained = numel(block.parameters(), trained=True)
-            outside -= weights
-            trained_outside -= trained
-            largest = max(largest, 2 * size * weights + (size + 4) * trained)
-    return size * outside + (size + 4) * trained_outside + largest
 
+    def __init__(self, model, optimizer, fakes):
+        super().__init__()
+        self.optimizer = optimizer
+        self.fakes = fakes
+        self.phase = "forward"
+        self.peaks = {}
+        self.now = 0
+        self.sizes = WeakIdKeyDictionary()  # storage -> [its bytes]
+        self.numbers = {}  # parameter -> how many of its numbers this rank has
+        for parameter in model.parameters():
+            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            self.numbers[parameter] = shard.numel()
+            self.see(shard)
 
-def activation_bytes(cfg, model, positions, size):
-    """What the blocks keep for backward. A frozen vision tower keeps nothing."""
-    vision_blocks, llm_blocks = model.blocks()
-    parts = [(llm_blocks, model.embed_tokens.embedding_dim, positions)]
-    if cfg.tune_vision:
-        parts.append((vision_blocks, model.vision_tower.config.hidden_size, model.image_tokens))
-    kept = []
-    inputs = 0
-    for blocks, width, length in parts:
-        rows = cfg.batch_size * length
-        kept += [rows * kept_bytes(block, width, size) for block in blocks]
-        # The residual stream has the dtype of the weights: FSDP casts them, autocast only copies.
-        itemsize = size if cfg.fsdp else next(blocks[0].parameters()).itemsize
-        inputs += rows * width * len(blocks) * itemsize
-    if cfg.grad_checkpoint:
-        return inputs + max(kept)
-    return sum(kept)
+    def enter(self, phase):
+        self.phase = phase
+        self.note_peak()
 
+    def __enter__(self):
+        original = torch.UntypedStorage.resize_
 
-def kept_bytes(block, width, size):
-    """Bytes that a transformer block keeps for backward, for each position.
+        def resize(storage, size):  # FSDP frees gathered weights so
+            original(storage, size)
+            if storage in self.sizes:
+                self.set_size(self.sizes[storage], size)
 
-    The input of each norm, in fp32. In the compute dtype, `size` bytes a number: the output of each
-    matrix, the input of each trained matrix, and once more the widest of them, for the output of
-    the activation function.
-    """
-    names = [name for name, _ in block.named_parameters()]
-    norms = sum("norm" in name and name.endswith("weight") for name in names)
-    matrices = [p for p in block.parameters() if p.dim() == 2]
-    numbers = max(max(matrix.shape) for matrix in matrices)
-    for matrix in matrices:
-        numbers += sum(matrix.shape) if matrix.requires_grad else matrix.shape[0]
-    return 4 * width * norms + size * numbers
+        self.resizing = mock.patch.object(torch.UntypedStorage, "resize_", resize)
+        self.resizing.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.resizing.stop()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # what it does to the shards comes by itself
+        if func in MATRIX_PRODUCTS and len({x.dtype for x in args if torch.is_tensor(x)}) > 1:
+            operands = [(x.dtype, tuple(x.shape)) for x in args if torch.is_tensor(x)]
+            raise RuntimeError(f"{func} needs one dtype, and would fail on a GPU: {operands}")
+        out = func(*args, **(kwargs or {}))
+        if active_fake_mode() is self.fakes:  # DTensor works out shapes in a mode of its own
+            tree_map_only(torch.Tensor, self.see, out)
+            self.note_peak()
+        return out
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage not in self.sizes:
+            size = self.sizes[storage] = [0]
+            weakref.finalize(storage, self.set_size, size, 0)
+        self.set_size(self.sizes[storage], storage.nbytes())
+
+    def set_size(self, size, new):
+        self.now += new - size[0]
+        size[0] = new
+
+    def note_peak(self):
+        most = self.peaks.get(self.phase, {"total": 0})["total"]
+        if self.now <= 1.002 * most:  # finer than that is not worth its time
+            return
+        kinds = dict.fromkeys(("frozen", "trained", "gradients", "moments"), 0)
+        for parameter, numbers in self.numbers.items():
+            kinds["trained" if parameter.requires_grad else "frozen"] += (
+                numbers * parameter.itemsize
+            )
+            if parameter.grad is not None:
+                kinds["gradients"] += numbers * parameter.grad.itemsize
+            for moment in self.optimizer.state.get(parameter, {}).values():
+                kinds["moments"] += (numbers if moment.dim() else 1) * moment.itemsize
+        kinds["activations, copies"] = self.now - sum(kinds.values())
+        self.peaks[self.phase] = kinds | {"total": self.now}
 
 
 if __name__ == "__main__":
