@@ -1,6 +1,7 @@
 """tools/ablate.py: what variants put in the place of parts of SEA, and the runs end to end."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -12,9 +13,11 @@ import torch
 
 import loss
 import train
-from data import UserError
+from data import UserError, load_samples
+from labels import LabelStore
+from model import new_model
 from tools import ablate
-from tools.toy import two_workers
+from tools.toy import ensure, two_workers
 
 # ---------------------------------------------------------------------------------------- variants
 
@@ -97,6 +100,137 @@ def test_the_three_best_labels():
     assert counts[3:] == [0, 0] and abs(counts[0] - 10_000) < 5 * 70.7  # five standard deviations
 
 
+def image_labels(images=4, patches=6, n=2, seed=0):
+    """Labels of which each says its image and patch: 100 i + 10 p + rank."""
+    i = torch.arange(images)[:, None, None]
+    p = torch.arange(patches)[None, :, None]
+    ids = 100 * i + 10 * p + torch.arange(n)
+    return ids, torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) + 0.1
+
+
+def test_labels_of_another_patch_stay_in_their_image():
+    ids, scores = image_labels()
+    drawn = ablate.of_another_patch(ids, scores, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn // 100, torch.arange(4)[:, None].expand(4, 6))
+    patches = drawn % 100 // 10
+    assert torch.equal(patches.sort(1).values, torch.arange(6).expand(4, 6))
+    assert len(patches.unique(dim=0)) > 2
+
+
+def test_labels_of_another_image_keep_their_patch():
+    ids, scores = image_labels()
+    drawn = ablate.of_another_image(ids, scores, torch.Generator().manual_seed(0))
+    assert (drawn // 100 != torch.arange(4)[:, None]).all()
+    assert torch.equal(drawn % 100 // 10, torch.arange(6).expand(4, 6))
+
+
+def test_random_words_are_as_frequent_as_before():
+    ids, scores = image_labels(n=1)
+    drawn = ablate.random_words(ids, scores, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn.flatten().sort().values, ids.flatten().sort().values)
+    assert (drawn // 100 != torch.arange(4)[:, None]).any(1).all()
+    assert (drawn % 100 // 10 != torch.arange(6)).any(0).all()
+
+
+def test_labels_go_with_their_scores():
+    """A label whose score is 0 is never drawn, wherever it has been moved."""
+    ids, scores = image_labels(images=30)
+    scores[ids % 2 == 1] = 0
+    for function in (ablate.of_another_patch, ablate.of_another_image, ablate.random_words):
+        assert (function(ids, scores, torch.Generator().manual_seed(1)) % 2 == 0).all()
+
+
+def test_words_that_are_left_out_are_never_labels():
+    ids = torch.arange(30).view(1, 15, 2)
+    drawn = ablate.without_every_third_word(ids, torch.ones(1, 15, 2))
+    left_out = {i for i, word in enumerate(ablate.WORDS) if word in ablate.WORDS[::3]}
+    assert not left_out & set(drawn.flatten().tolist())
+    both = ids.expand(1000, -1, -1).flatten(0, 1)
+    drawn = ablate.without_every_third_word(both, torch.ones(both.shape))
+    assert set(drawn.tolist()) == set(range(30)) - left_out
+
+
+def test_words_drawn_at_the_scale_of_clip():
+    ids = torch.arange(3).expand(20_000, -1)
+    scores = torch.tensor([0.30, 0.29, 0.0]).expand(20_000, -1)
+    drawn = ablate.sample_sharply(ids, scores, torch.Generator().manual_seed(0))
+    counts = drawn.bincount(minlength=3).tolist()
+    first = 20_000 / (1 + math.exp(-1))  # e to 1
+    assert counts[2] == 0 and abs(counts[0] - first) < 5 * 62.7  # five standard deviations
+
+
+def test_exchanged_words_are_the_same_words(world):
+    model = new_model(world / "vision", world / "llm")
+    words = ["red", "blue", "green", "dark", "door"]
+    with ablate.changed(ablate.VARIANTS["words_exchanged"]):
+        model.set_words(words)
+        once = model.word_token_ids
+        model.set_words(words)
+        assert model.word_token_ids == once
+    model.set_words(words)
+    assert model.word_token_ids != once and sorted(model.word_token_ids) == sorted(once)
+
+
+def test_true_labels_are_the_truth(small, tmp_path, monkeypatch):
+    shutil.copytree(small, tmp_path / "toy")
+    monkeypatch.chdir(tmp_path)
+    ensure()
+    ablate.write_true_labels(Path("toy/labels_truth"))
+    store = LabelStore("toy/labels_truth")
+    truth = json.loads(Path("toy/truth.json").read_text())
+    samples = load_samples("toy/train.json")
+    assert len(store) == len(samples)
+    for i, sample in enumerate(samples):
+        expected = truth[sample["image"]]
+        words_of = expected["object"] | expected["background"]
+        ids, scores = store[i]
+        for place, patch in enumerate(ids):
+            words = [store.words[j] for j in patch if j >= 0]
+            assert words == words_of.get(str(place), [])
+        assert ((scores > 0) == (ids >= 0)).all()
+
+
+def test_the_truth_by_words_that_are_labels(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(small.parent)
+    parts = ablate.truth_in_parts()
+    truth = json.loads((small / "truth.json").read_text())
+    left_out = set(ablate.WORDS[::3])
+    for image, kinds in truth.items():
+        words_of = kinds["object"] | kinds["background"]
+        third = parts[image]["every third word"]
+        other = parts[image]["other words"]
+        for place, words in words_of.items():
+            assert set(third.get(place, [])) == set(words) & left_out
+            assert set(other.get(place, [])) == set(words) - left_out
+        assert parts[image]["object"] == kinds["object"]
+
+
+def test_what_always_the_same_answer_scores(small, monkeypatch):
+    """Half of the questions are true: .5 of the answers, an F1 of 2/3 or 0."""
+    monkeypatch.chdir(small.parent)
+    yes, no = ablate.always().values()
+    assert yes[0]["pope accuracy"][0] == no[0]["pope accuracy"][0] == 0.5
+    assert yes[0]["pope f1"][0] == pytest.approx(2 / 3) and no[0]["pope f1"][0] == 0
+    assert yes[0]["pope toy_pope_color accuracy"][0] == 0.5
+
+
+def test_a_function_is_changed_in_stage_1_alone(program, tmp_path, monkeypatch):
+    """What is measured is measured by the method's own functions."""
+    seen = []
+    monkeypatch.setattr(ablate, "do_command", lambda command: seen.append(loss.sample_labels))
+    own = loss.sample_labels
+    lines = "train --preset toy\neval tacs\ntrain --preset toy --stage finetune"
+    ablate.do_run("another_image", tmp_path / "run", lines)
+    assert seen == [ablate.of_another_image, own, own]
+
+
+def test_without_a_stage_1_nothing_of_it_is_run():
+    lines = ablate.script_of("no_stage_1", 0, Path("r")).splitlines()
+    assert "--llm toy/llm --vision toy/vision" in lines[0] and "--init" not in lines[0]
+    assert not any("/pretrain" in line for line in lines)
+    assert len(lines) < len(ablate.script_of("SEA", 0, Path("r")).splitlines())
+
+
 def test_a_variant_trains_by_its_name(flags, tmp_path, monkeypatch):
     out = ["--out_dir", str(tmp_path / "run"), "--max_steps", "2"]
     ablate.main(["fixed_tau", *flags, *out])
@@ -171,8 +305,9 @@ def short_runs(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = ablate.SCRIPT.replace("--seed", "--max_steps 3 --save_every 1 --seed")
     monkeypatch.setattr(ablate, "SCRIPT", script.replace("--samples 250", "--samples 8"))
-    some = ("baseline", "SEA", "fixed_tau", "labels_10_uniform")
-    monkeypatch.setattr(ablate, "VARIANTS", {name: ablate.VARIANTS[name] for name in some})
+    monkeypatch.setattr(ablate, "CAPTIONS", ablate.CAPTIONS.replace("250", "8"))
+    some = ("fixed_tau", "labels_10_uniform", "true_labels")
+    monkeypatch.setattr(ablate, "GROUPS", {"some": {name: ablate.VARIANTS[name] for name in some}})
     return Path("out/the report")
 
 
@@ -180,13 +315,16 @@ def test_report_and_ablate_end_to_end(short_runs, capsys):
     out = short_runs
     ablate.ablate(seeds=1, out=out, report=True)
     said = capsys.readouterr().out
-    assert "| pretrain | TACS | D, unit vectors |" in said and "| finetune | POPE F1 |" in said
+    assert "| after stage 1 | TACS | D, unit vectors |" in said
+    assert "| after stage 2: answers | POPE F1 |" in said and "| always yes | 0.667 " in said
     gap = of_eval(out / "SEA_0/pretrain", "D_of_unit_vectors")[-1]
     row = next(line for line in said.splitlines() if line.startswith("| SEA |"))
     assert row.split("|")[3].strip() == f"{gap:.3f} ± 0.000"
     drawn = {file.name for file in (out / "figures").iterdir()}
     assert drawn == {"pretraining.png", "language.png", "tsne.png", "words.html"}
-    assert sorted(run.name for run in out.glob("*_0")) == ["SEA_0", "baseline_0"]
+    runs = sorted(run.name for run in out.glob("*_0"))
+    assert runs == ["SEA_0", "baseline_0", "no_stage_1_0"]
+    assert not (out / "no_stage_1_0/pretrain").exists()
     # --model RUN/checkpoints measures all of them, in the order of their steps
     steps = [line["step"] for line in lines_of(out / "SEA_0/pretrain") if "pope" in line]
     assert steps == [1, 2, 3]
@@ -200,7 +338,8 @@ def test_report_and_ablate_end_to_end(short_runs, capsys):
     after = times()
     assert after["SEA_0"] > before["SEA_0"] and after["baseline_0"] == before["baseline_0"]
     said = capsys.readouterr().out
-    assert [said.count(f"| {name} |") for name in ablate.VARIANTS] == [2] * 4
+    names = ["baseline", "SEA", "no_stage_1", "fixed_tau", "labels_10_uniform", "true_labels"]
+    assert [said.count(f"| {name} |") for name in names] == [3, 3, 2, 3, 3, 3]
 
     def config(variant):
         return json.loads((out / f"{variant}_0/pretrain/config.json").read_text())
@@ -212,7 +351,9 @@ def test_report_and_ablate_end_to_end(short_runs, capsys):
 
 def test_every_variant_differs_from_all_others():
     configs = []
-    for flags, *replaced in ablate.VARIANTS.values():
+    for name, (flags, *replaced) in ablate.VARIANTS.items():
+        if name == ablate.NO_STAGE_1:
+            continue
         argv = ["--preset", "toy", "--out_dir", "x", *shlex.split(flags)]
         configs.append((train.parse_config(argv), *replaced))
     assert len(set(configs)) == len(configs)

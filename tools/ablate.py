@@ -1,8 +1,9 @@
-"""What matters in SEA: the toy's runs with parts of it changed, one at a time.
+"""What matters in SEA: the toy's runs with parts of it changed, one at a time, and its controls.
 
-    python -m tools.ablate              all variants, three seeds, both stages; docs/toy.md's table
+    python -m tools.ablate              all variants, three seeds, both stages; docs/toy.md's tables
+    python -m tools.ablate --group labels       those of one group beside the baseline and SEA
     python -m tools.ablate --report     captions only beside SEA: their tables and figures
-    torchrun --nproc_per_node=8 -m tools.ablate repeated_labels --out_dir out/repeated_labels
+    torchrun --nproc_per_node=8 -m tools.ablate words_exchanged --out_dir out/words_exchanged
                                         a variant, with train.py's flags
 
 A variant has flags of stage 1, or puts a function of its own in the place of one of the method's.
@@ -10,6 +11,9 @@ A finished run has a file `done` in its folder and is not repeated: remove the f
 of the toy or the code.
 """
 
+import json
+import math
+import random
 import shlex
 import shutil
 import sys
@@ -17,7 +21,7 @@ import traceback
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -26,15 +30,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import loss
 import train
-from data import UserError, cli, run_command
-from eval import find_run
+from data import UserError, cli, load_samples, run_command
+from eval import find_run, pope_metrics, read_pope
+from labels import LabelStore, label_files, write_file
 from loss import contrastive_loss, cosines, sample_labels
-from model import checkpoints
+from model import SEAModel, checkpoints
 from tools.curves import draw_curves, draw_tsne, history, token_groups
 from tools.look import look_at_words
-from tools.toy import ensure, label, two_workers
+from tools.toy import WORDS, ensure, label, two_workers
 
 # ----------------------------------------------------------------------- what takes a part's place
 
@@ -72,37 +76,115 @@ def words_find_patches(x, t, log_scale):
     return patches_find_words(t, x, log_scale)
 
 
+def sample_sharply(label_ids, label_scores, generator=None):
+    """p ∝ exp(100 s), the scale at which CLIP itself compares, in place of Eq. 9's shares."""
+    weights = torch.exp(100 * (label_scores - label_scores.amax(-1, keepdim=True)))
+    return sample_labels(label_ids, weights * (label_scores > 0), generator)
+
+
+# Labels that are wrong on purpose, in place of sample_labels. [B, m, n] each.
+
+
+def of_another_patch(label_ids, label_scores, generator=None):
+    """Labels of the same image, shuffled among its patches: of the image, not of the token."""
+    noise = torch.rand(label_ids.shape[:2], generator=generator)
+    order = noise.argsort(1).unsqueeze(2).expand_as(label_ids)
+    return sample_labels(label_ids.gather(1, order), label_scores.gather(1, order), generator)
+
+
+def of_another_image(label_ids, label_scores, generator=None):
+    """Labels of the same patch in another image of the batch."""
+    return sample_labels(label_ids.roll(1, 0), label_scores.roll(1, 0), generator)
+
+
+def random_words(label_ids, label_scores, generator=None):
+    """Labels of any patch of any image: words as frequent as they were, and nothing more."""
+    order = torch.randperm(label_ids[..., 0].numel(), generator=generator)
+    label_ids, label_scores = (x.flatten(0, 1)[order].view_as(x) for x in (label_ids, label_scores))
+    return sample_labels(label_ids, label_scores, generator)
+
+
+def without_every_third_word(label_ids, label_scores, generator=None):
+    """Every third word of the list is never a label: whether alignment reaches it, too."""
+    return sample_labels(label_ids.masked_fill(label_ids % 3 == 0, -1), label_scores, generator)
+
+
+set_words = SEAModel.set_words
+
+
+def exchange_words(model, words):
+    """Each word has the meaning of another, always the same: clusters stay, meaning does not."""
+    set_words(model, random.Random(0).sample(words, len(words)))
+
+
 # ---------------------------------------------------------------------------------------- variants
 
 
 class Variant(NamedTuple):
     flags: str = ""  # of train.py, stage 1
-    part: str = ""  # the name of a function of loss.py,
+    part: str = ""  # the name of a function of the method,
     function: object = None  # and what takes its place
 
 
 MAIN_VARIANTS = {"baseline": Variant("--sea_weight 0"), "SEA": Variant()}
+LONG = "--max_steps 360"
+FAST = "--lr 3e-3"
+SLOW = "--lr 3.3e-4"
 TEN_LABELS = "--labels toy/labels_n10"
-VARIANTS = MAIN_VARIANTS | {
-    "weight_0.1": Variant("--sea_weight 0.1"),
-    "weight_10": Variant("--sea_weight 10"),
-    "no_windows": Variant("--window 1"),
-    "repeated_labels": Variant("", "one_patch_per_label", keep_all),
-    "fixed_tau": Variant("", "contrastive_loss", with_fixed_tau),
-    "tau_0.07": Variant("--tau 0.07"),
-    "patches_find_words": Variant("", "contrastive_loss", patches_find_words),
-    "words_find_patches": Variant("", "contrastive_loss", words_find_patches),
-    "labels_10": Variant(TEN_LABELS),
-    "labels_10_uniform": Variant(TEN_LABELS, "sample_labels", sample_uniformly),
-    "labels_3": Variant(TEN_LABELS, "sample_labels", three_best_labels),
+# What is compared with baseline and SEA, by the question that it asks
+GROUPS = {
+    "parts": {
+        "weight_0.1": Variant("--sea_weight 0.1"),
+        "weight_10": Variant("--sea_weight 10"),
+        "no_windows": Variant("--window 1"),
+        "repeated_labels": Variant("", "loss.one_patch_per_label", keep_all),
+        "fixed_tau": Variant("", "loss.contrastive_loss", with_fixed_tau),
+        "patches_find_words": Variant("", "loss.contrastive_loss", patches_find_words),
+        "words_find_patches": Variant("", "loss.contrastive_loss", words_find_patches),
+    },
+    "labels": {
+        "true_labels": Variant("--labels toy/labels_truth"),
+        "another_patch": Variant("", "loss.sample_labels", of_another_patch),
+        "another_image": Variant("", "loss.sample_labels", of_another_image),
+        "words_exchanged": Variant("", "model.SEAModel.set_words", exchange_words),
+        "random_words": Variant("", "loss.sample_labels", random_words),
+        "sign_reversed": Variant("--labels toy/labels_reversed"),
+        "without_a_third": Variant("", "loss.sample_labels", without_every_third_word),
+    },
+    "drawing": {
+        "labels_10": Variant(TEN_LABELS),
+        "labels_10_uniform": Variant(TEN_LABELS, "loss.sample_labels", sample_uniformly),
+        "labels_10_sharp": Variant(TEN_LABELS, "loss.sample_labels", sample_sharply),
+        "labels_3": Variant(TEN_LABELS, "loss.sample_labels", three_best_labels),
+    },
+    "effort": {
+        "baseline_long": Variant(f"--sea_weight 0 {LONG}"),
+        "SEA_long": Variant(LONG),
+        "baseline_fast": Variant(f"--sea_weight 0 {FAST}"),
+        "SEA_fast": Variant(FAST),
+        "baseline_slow": Variant(f"--sea_weight 0 {SLOW}"),
+        "SEA_slow": Variant(SLOW),
+    },
+    "batch": {
+        "batch_2": Variant("--batch_size 2 --grad_accum 8"),
+        "batch_4": Variant("--batch_size 4 --grad_accum 4"),
+        "window_4": Variant("--window 4"),
+        "tau_0.34": Variant("--tau 0.34"),
+        "tau_0.07": Variant("--tau 0.07"),
+    },
 }
+# The blue line of Figure 3a: stage 2 begins with an adapter that has learnt nothing.
+NO_STAGE_1 = "no_stage_1"
+VARIANTS = MAIN_VARIANTS | {NO_STAGE_1: Variant()}
+for _variants in GROUPS.values():
+    VARIANTS |= _variants
 
 
 def changed(variant):
     """A context in which the variant's function stands in the place of the method's."""
     if not variant.part:
         return ExitStack()  # nothing is changed
-    return patch.object(loss, variant.part, variant.function)
+    return patch(variant.part, variant.function)
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -113,29 +195,40 @@ SCRIPT = """\
 train --preset toy --seed {seed} --out_dir '{run}/pretrain' {flags} --val_every {val_every}
 eval tacs --model '{run}/pretrain' --samples 250
 eval gap --model '{run}/pretrain' --samples 250
-tools.look words --model '{run}/pretrain' --samples 250 --truth toy/truth.json \
+tools.look words --model '{run}/pretrain' --samples 250 --truth toy/truth_parts.json \
     --out '{run}/words.html'
 train --preset toy --stage finetune --seed {seed} --keep 0 --val_every {val_every} \
-    --init '{run}/pretrain' --out_dir '{run}/finetune'
+    {start} --out_dir '{run}/finetune'
 eval pope --model '{run}/finetune' --data toy/pope {common}
 eval vqa --model '{run}/finetune' --data toy/val_qa.json {common}
 eval vqa --model '{run}/finetune' --data toy/val_text.json {common}
+eval tacs --model '{run}/finetune' {captions}
+eval gap --model '{run}/finetune' {captions} --words toy/words.txt
+tools.look words --model '{run}/finetune' {captions} --words toy/words.txt \
+    --truth toy/truth_parts.json --out '{run}/words_finetune.html'
 """
 CURVES = """\
 eval pope --model '{run}/pretrain/checkpoints/step_*' --data toy/pope {common}
+eval vqa --model '{run}/pretrain' --data toy/val_text.json {common}
 eval vqa --model '{run}/finetune/checkpoints/step_*' --data toy/val_text.json {common}
 """
 COMMON = "--image_folder toy/images --workers 0 --prompt ''"
-ALIGNMENT = {  # after stage 1
+CAPTIONS = "--data toy/val.json --image_folder toy/images --samples 250"
+ALIGNMENT = {
     "tacs": "TACS",
     "D_of_unit_vectors": "D, unit vectors",
     "true object": "true words, objects",
     "true background": "background",
-    "caption_loss": "caption loss",
+    "true every third word": "every third word",
+    "true other words": "other words",
 }
-ANSWERS = {  # after stage 2
+BEFORE = ALIGNMENT | {"caption_loss": "caption loss"}
+ANSWERS = {
     "pope f1": "POPE F1",
     "pope accuracy": "POPE accuracy",
+    "pope toy_pope_color accuracy": "colours",
+    "pope toy_pope_pattern accuracy": "patterns",
+    "pope toy_pope_shape accuracy": "shapes",
     "val_qa yes/no": "yes/no questions",
     "val_qa open": "open questions",
     "val_text all": "text only",
@@ -154,8 +247,9 @@ def do_run(name, run, script):
     log = run / "log.txt"
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         for command in script.splitlines():
+            is_stage_1 = command.startswith("train ") and "finetune" not in command
             try:
-                with changed(VARIANTS[name]):
+                with changed(VARIANTS[name]) if is_stage_1 else ExitStack():
                     do_command(command)
             except (Exception, SystemExit) as error:
                 traceback.print_exc()
@@ -185,26 +279,63 @@ def do_runs(names, seeds, out):
     for seed in range(seeds):
         for name in names:
             run = out / f"{name}_{seed}"
-            has_curves = name in MAIN_VARIANTS
-            script = (SCRIPT + CURVES * has_curves).format(
-                seed=seed,
-                run=run,
-                flags=VARIANTS[name].flags,
-                val_every=30 if has_curves else 180,
-                common=COMMON,
-            )
-            runs.append((name, run, script))
+            runs.append((name, run, script_of(name, seed, run)))
     with two_workers() as pool:
         list(tqdm(pool.map(do_run, *zip(*runs)), desc="runs", total=len(runs)))
 
-    stages = []
-    for stage, measures in (("pretrain", ALIGNMENT), ("finetune", ANSWERS)):
-        histories = {}
-        for name in names:
-            histories[name] = [history(out / f"{name}_{seed}/{stage}") for seed in range(seeds)]
-        print_table(stage, histories, measures)
-        stages.append(histories)
-    return stages
+    histories = {}
+    for stage in ("pretrain", "finetune"):
+        folders = {
+            name: [out / f"{name}_{seed}" / stage for seed in range(seeds)] for name in names
+        }
+        histories[stage] = {
+            name: [history(folder) for folder in of_seeds]
+            for name, of_seeds in folders.items()
+            if of_seeds[0].exists()
+        }
+    print_table("after stage 1", histories["pretrain"], BEFORE)
+    print_table("after stage 2: answers", histories["finetune"] | always(), ANSWERS)
+    print_table("after stage 2: alignment", histories["finetune"], ALIGNMENT)
+    return histories["pretrain"], histories["finetune"]
+
+
+def script_of(name, seed, run):
+    """The commands of a variant."""
+    has_curves = name in (*MAIN_VARIANTS, NO_STAGE_1)
+    lines = (SCRIPT + CURVES * has_curves).replace("\\\n", "").splitlines()
+    start = f"--init '{run}/pretrain'"
+    if name == NO_STAGE_1:
+        lines = [line for line in lines if "/pretrain" not in line]
+        start = "--llm toy/llm --vision toy/vision"
+    return "\n".join(lines).format(
+        seed=seed,
+        run=run,
+        flags=VARIANTS[name].flags,
+        start=start,
+        val_every=30 if has_curves else 360,
+        common=COMMON,
+        captions=CAPTIONS,
+    )
+
+
+def always():
+    """What is measured where all answers are alike: {"always yes": [history], ...}."""
+    questions = {file.stem: read_pope(file) for file in sorted(Path("toy/pope").glob("*.json"))}
+    histories = {}
+    for said in ("yes", "no"):
+        measures = {}
+        for name, rows in questions.items():
+            truths = [row["label"] == "yes" for row in rows]
+            measures[name] = pope_metrics([said == "yes"] * len(truths), truths)
+        mean = {
+            metric: np.mean([values[metric] for values in measures.values()])
+            for metric in ("f1", "accuracy")
+        }
+        scores = {f"pope {metric}": {0: value} for metric, value in mean.items()}
+        for name, values in measures.items():
+            scores[f"pope {name} accuracy"] = {0: values["accuracy"]}
+        histories[f"always {said}"] = [scores]
+    return histories
 
 
 def print_table(title, runs, measures):
@@ -214,38 +345,102 @@ def print_table(title, runs, measures):
     """
     print(f"\n| {title} | {' | '.join(measures.values())} |\n|---|{'---|' * len(measures)}")
     for variant, histories in runs.items():
-        row = f"| {variant} |"
+        cells = []
         for measure in measures:
-            curves = [seed_history[measure] for seed_history in histories]  # {step: value} each
-            values = [curve[max(curve)] for curve in curves]
-            row += f" {np.mean(values):.3f} ± {np.ptp(values) / 2:.3f} |"
-        print(row)
+            curves = [of_seed[measure] for of_seed in histories if measure in of_seed]
+            values = [curve[max(curve)] for curve in curves]  # {step: value} each
+            cells.append(f"{np.mean(values):.3f} ± {np.ptp(values) / 2:.3f}" if values else "")
+        print(f"| {variant} | {' | '.join(cells)} |")
+
+
+# ---------------------------------------------------------------------------------- what they need
+
+
+def prepare():
+    """The label stores of the variants, and the truth by whether a word is ever a label."""
+    label("labels_n10", n=10)
+    label("labels_reversed", n=1, sign=-1)
+    if not Path("toy/labels_truth/meta.json").exists():
+        write_true_labels(Path("toy/labels_truth"))
+    write_file(Path("toy/truth_parts.json"), json.dumps(truth_in_parts()))
+
+
+def write_true_labels(folder):
+    """A store like toy/labels of the truth: an object's patch has its colour and its pattern."""
+    store = LabelStore("toy/labels")
+    truth = json.loads(Path("toy/truth.json").read_text())
+    number = {word: i for i, word in enumerate(store.words)}
+    meta = store.meta | {"n": 2}
+    labels_shape = (math.prod(meta["grid"]), meta["n"])
+    record = np.dtype([("ids", np.int32, labels_shape), ("scores", np.float16, labels_shape)])
+    labels = np.zeros(len(store), record)
+    labels["ids"] = -1
+    for row, sample in enumerate(load_samples("toy/train.json")):
+        for patches in truth[sample["image"]].values():
+            for place, words in patches.items():
+                labels["ids"][row, int(place), : len(words)] = [number[word] for word in words]
+    labels["scores"] = labels["ids"] >= 0
+    size = meta["shard"]
+    for k, file in enumerate(label_files(folder, meta)):
+        write_file(file, labels[k * size : (k + 1) * size])
+    for file in ("words.txt", "words.npy"):
+        shutil.copy(store.folder / file, folder)
+    write_file(folder / "meta.json", json.dumps(meta))  # last: now the store is one
+
+
+def truth_in_parts():
+    """toy/truth.json, also with the words that without_every_third_word leaves out, by themselves.
+
+    A patch counts for them if one of its words is among them, and then only that word is true.
+    """
+    truth = json.loads(Path("toy/truth.json").read_text())
+    left_out = set(WORDS[::3])
+    for kinds in truth.values():
+        parts = {"every third word": {}, "other words": {}}
+        for patches in list(kinds.values()):
+            for place, words in patches.items():
+                for part, of_part in zip(parts, (left_out & set(words), set(words) - left_out)):
+                    if of_part:
+                        parts[part][place] = sorted(of_part)
+        kinds.update(parts)
+    return truth
 
 
 # ---------------------------------------------------------------------------------------- commands
 
 
-def ablate(seeds: int = 3, out: Path = Path("out/ablate"), report: bool = False):
-    """Train and measure all variants; print their tables.
+def ablate(
+    seeds: int = 3,
+    out: Path = Path("out/ablate"),
+    group: Literal["all", "parts", "labels", "drawing", "effort", "batch"] = "all",
+    report: bool = False,
+):
+    """Train and measure variants beside the baseline and SEA; print their tables.
 
     Labels are CLIP's best word of each patch; labels_10 are its ten best words, of which most are
-    wrong. labels_10_uniform and labels_3, the three best of these ten, are to be compared with it.
-    report: only baseline and SEA, with the figures of docs/toy.md.
+    wrong. labels_10_uniform, _sharp and labels_3, the three best of these ten, are to be compared
+    with it. report: only the lines of Figure 3a, with the figures of docs/toy.md.
     """
     if report:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401  fails here rather than after the training
     ensure()
+    prepare()
     if not report:
-        label("labels_n10", n=10)
-        do_runs(VARIANTS, seeds, out)
+        groups = GROUPS.values() if group == "all" else [GROUPS[group]]
+        names = [*MAIN_VARIANTS, NO_STAGE_1, *(name for group in groups for name in group)]
+        do_runs(names, seeds, out)
         return
 
-    pretrained, finetuned = do_runs(MAIN_VARIANTS, seeds, out)
+    pretrained, finetuned = do_runs([*MAIN_VARIANTS, NO_STAGE_1], seeds, out)
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     learning = {"val_tacs": "TACS", "pope f1": "POPE, F1"}
     draw_curves(pretrained, learning, figures / "pretraining.png")
+    # Before stage 2: the LLM is as it was before stage 1, and these questions have no image.
+    for of_seeds in finetuned.values():
+        for of_seed, first in zip(of_seeds, pretrained["baseline"]):
+            of_seed["val_text all"][0] = next(iter(first["val_text all"].values()))
     language = {"val_text all": "language: text-only questions"}
     draw_curves(finetuned, language, figures / "language.png")
     folders = {name: f"{out}/{name}_0/pretrain" for name in MAIN_VARIANTS}

@@ -72,7 +72,7 @@ def token_groups(run, data="", image_folder="", samples=100):
 def history(folder):
     """All measurements of a training run -> {measure: {step: value}}; later ones win.
 
-    They come from metrics.jsonl, from eval.jsonl ({"pope": {"f1": ...}} is named "pope f1"), and
+    They come from metrics.jsonl, from eval.jsonl ({"pope": {"f1": 1}} is named "pope f1"), and
     from result files of lmms-eval and lm-evaluation-harness anywhere in the folder ("mmlu all").
     A result file belongs to the step of the last step_N in its path, or else to the run's last.
     """
@@ -88,12 +88,19 @@ def history(folder):
 
     measures = collections.defaultdict(dict)
     for line in lines:
-        for name, value in line.items():
-            parts = value if isinstance(value, dict) else {"": value}
-            for part, number in parts.items():
-                if isinstance(number, (int, float)):
-                    measures[f"{name} {part}".strip()][line["step"]] = number
+        for name, number in numbers_in(line):
+            measures[name][line["step"]] = number
     return measures
+
+
+def numbers_in(values, prefix=""):
+    """Yield the name and value of each number in nested dicts: {"a": {"b": 1}} has "a b", 1."""
+    for name, value in values.items():
+        name = f"{prefix} {name}".strip()
+        if isinstance(value, dict):
+            yield from numbers_in(value, name)
+        elif isinstance(value, (int, float)):
+            yield name, value
 
 
 def harness_scores(file):

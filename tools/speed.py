@@ -322,7 +322,7 @@ def mix_lengths(samples):
     return has_image, words, positions
 
 
-def time_packing(llm: LLM = "gemma-3-270m", batch_size: int = 8, ranks: int = 8, repeats: int = 3):
+def time_packing(llm: LLM = "gemma-3-270m", batch_size: int = 4, ranks: int = 8, repeats: int = 3):
     """Time a step of stage 2 as it is against one whose sequences are padded to the longest.
 
     Micro-batches are the first of stage 2's order on so many ranks, of lengths like LLaVA's mix.
