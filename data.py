@@ -751,7 +751,6 @@ def collate(items):
     """
     lengths = [len(item["input_ids"]) for item in items]
     targets = torch.cat([item["targets"] for item in items])
-    pixels = [item["pixels"] for item in items if "pixels" in item]
     batch = {
         "index": [item["index"] for item in items],
         "lengths": lengths,
@@ -759,12 +758,18 @@ def collate(items):
         "position_ids": torch.cat([torch.arange(n) for n in lengths]),
         "image_places": torch.where(torch.cat([item["is_image"] for item in items]))[0],
         "trained": torch.where(targets != IGNORE)[0],
-        "pixels": torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0),
+        "pixels": stack_pixels(items),
     }
     for key in ("label_ids", "label_scores"):
         if key in items[0]:
             batch[key] = np.stack([item[key] for item in items])
     return batch
+
+
+def stack_pixels(items):
+    """The pixels of the items that have some: [images, 3, size, size]."""
+    pixels = [item["pixels"] for item in items if "pixels" in item]
+    return torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0)
 
 
 # ----------------------------------------------------------------------------- order

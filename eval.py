@@ -48,6 +48,7 @@ from data import (
     read_json_lines,
     read_object,
     run_command,
+    stack_pixels,
     world_size,
 )
 from labels import read_words, write_file
@@ -373,7 +374,7 @@ def pad_left(items, pad_id):
     return {
         "input_ids": pad(ids, padding_value=pad_id),
         "attention_mask": pad(masks),
-        "pixels": collate(items)["pixels"],
+        "pixels": stack_pixels(items),
     }
 
 

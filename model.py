@@ -265,9 +265,10 @@ def decode(decoder, inputs, position_ids, lengths):
     out = decoder(
         inputs_embeds=inputs[None],
         position_ids=position_ids[None],
-        # A mask of four dimensions goes to packed_attention as it is, which does not look at it.
-        # Without one transformers would make its own, and wait for the GPU to see the positions.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device),
+        # Without a mask transformers would make its own, and wait for the GPU to see the positions.
+        # One of four dimensions is passed on as it is. packed_attention does not look at it; with
+        # NaN any other attention, which would mix the sequences, gives NaN.
+        attention_mask=torch.full((1, 1, 1, 1), math.nan, device=inputs.device),
         lengths=lengths,
         use_cache=False,
     )
@@ -290,6 +291,7 @@ def packed_attention(
 
 def attend_within(module, query, key, value, lengths, sliding_window, **kwargs):
     outputs = []
+    """-> [1, L, heads, width]; arguments as of packed_attention."""
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
         mask = None  # plainly causal
         n = q.shape[2]
@@ -363,22 +365,33 @@ def assemble(tower, llm, tokenizer, image_size):
 
 
 @torch.no_grad()
+# Their layers limit attention by a mask alone, which does not reach packed_attention.
+HIDDEN_WINDOWS = ("llama4_text", "qwen2_moe", "phimoe", "doge")
+
+
 def fit_llm(llm, name="--llm"):
     """Give an LLM packed_attention. UserError if it would not compute what it did without.
 
     It is run on a few tokens, as a whole and as SEAModel.forward runs it; not on the meta device.
     """
+    What begins at longer sequences is not seen; HIDDEN_WINDOWS names the known cases.
     misfit = f"{name}: {type(llm).__name__} does not fit into transformers' Llava, which"
     modules = list(dict(llm.named_children()))
     is_usual = modules == ["model", "lm_head"] and hasattr(llm.model, "embed_tokens")
     if not is_usual or llm.lm_head.bias is not None:
         raise UserError(f"{misfit} takes a decoder with embed_tokens and an LM head without bias")
     if llm.device.type == "meta":
-        llm.set_attn_implementation("packed")
+    if llm.config.model_type in HIDDEN_WINDOWS:
+        raise UserError(
+            f"{misfit} needs windows that attention functions are told; use another LLM"
+        )
+        llm.model.set_attn_implementation("packed")
         return
     ids = torch.arange(1, 9, device=llm.device) * (llm.config.vocab_size // 9)
     own = llm(ids[None], use_cache=False).logits[0].float()
-    llm.set_attn_implementation("packed")
+    llm.model.set_attn_implementation("packed")
+    if llm.model.config._attn_implementation != "packed":  # transformers only warns
+        raise UserError(f"{misfit} needs attention functions that can be chosen; use another LLM")
     embeds = llm.get_input_embeddings()(ids)
     positions = torch.arange(8, device=llm.device)
     try:

@@ -280,6 +280,7 @@ PER_LAYER = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=400)
         ("granite", dict(logits_scaling=8.0), CHANGED),
         ("cohere", {}, CHANGED),
         ("gemma4_text", PER_LAYER, "runs the decoder on embeddings of any kind, without ids"),
+        ("phimoe", {}, "needs windows that attention functions are told"),
         ("gpt2", {}, "takes a decoder with"),
         ("opt", dict(ffn_dim=32, word_embed_proj_dim=16), "takes a decoder with"),
         ("phi", {}, "LM head without bias"),

@@ -87,6 +87,24 @@ def test_an_llm_that_mixes_positions_by_other_means_is_refused():
         fit_llm(llm)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_any_other_attention_gives_nan(attention):
+    """It would mix the sequences, or not be causal."""
+    llm = tiny_llm("llama-3")
+    fit_llm(llm)
+    llm.model.set_attn_implementation(attention)
+    hidden = decode(llm.model, torch.randn(6, 16).double(), torch.arange(3).repeat(2), [3, 3])
+    assert hidden.isnan().all()
+
+
+def test_the_attention_reaches_a_decoder_in_another_llm():
+    """As in a Llava folder, whose decoder has a config of its own."""
+    outer, inner = tiny_llm("llama"), tiny_llm("llama")
+    outer.model = inner.model
+    fit_llm(outer)
+    assert inner.model.config._attn_implementation == "packed"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_padded_on_the_left_generate_as_alone(family):
     """Longer than the windows."""

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import model
 from tools import speed
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ def test_all_steps_have_the_same_loss(stage, count, capsys):
     assert len(losses) == count and max(map(float, losses)) - min(map(float, losses)) < 2e-3
 
 
-def test_packing_has_the_loss_of_padding():
+def test_packing_has_the_loss_of_padding(monkeypatch):
     """And takes the same micro-batches."""
     losses = {"packed": [], "padded": []}
     compare = speed.compare
@@ -41,9 +42,12 @@ def test_packing_has_the_loss_of_padding():
 
         return compare({name: kept(name) for name in steps}, repeats)
 
+    labelled = []
+    monkeypatch.setattr(model, "sea_loss", lambda *args, **kwargs: labelled.append(1))
     with patch.object(speed, "compare", keep_losses):
         result = speed.main(["packing", "--llm", "tiny", "--batch_size", "3", "--repeats", "2"])
     assert 0.5 < result["useful"] < 1
+    assert not labelled  # SEA is for stage 1
     assert len(losses["packed"]) == 3 and len(set(losses["packed"])) == 3
     assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-4)
 

@@ -339,6 +339,8 @@ def time_packing(llm: LLM = "gemma-3-270m", batch_size: int = 4, ranks: int = 8,
     with_image = [row for row in rows if has_image[row].all()]
     for row in with_image[: repeats + 1]:
         items = [random_item(run.model, int(i), int(positions[i]) - 576, 0.5) for i in row]
+        for item in items:  # stage 2 has no labels
+            del item["label_ids"], item["label_scores"]
         batches["packed"].append(collate(items))
         batches["padded"].append(collate(pad(items)))
     print(f"{llm}, {[batch['lengths'] for batch in batches['packed']]}, {run.device}", flush=True)
