@@ -136,6 +136,9 @@ class TrainConfig:
     )
     gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "SEA")
 
+    sharpness: float = flag(
+        0.0, "s > 0: labels are drawn by softmax(s x score), CLIP's s is 100; 0: Eq. 9", "SEA"
+    )
     # optimization; a global batch of 256 is 8 GPUs x 32, as in LLaVA. N of Eq. 11 is of one
     # micro-batch: with a smaller batch_size and more grad_accum, fewer words are told apart.
     batch_size: int = flag(32, "samples per GPU in one forward pass", least=1)
@@ -468,6 +471,7 @@ def train_step(run, batches, step):
             gather=cfg.gather_pairs,
         )
         loss = total_loss(out["loss_g"], out.get("loss_a", 0), cfg.sea_weight)  # Eq. 13
+            sharpness=cfg.sharpness,
         (loss / len(batches)).backward()
         with torch.no_grad():
             for name in out:

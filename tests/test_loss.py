@@ -15,6 +15,7 @@ from loss import (
     sample_labels,
     sample_windows,
     sea_loss,
+    sharpened,
     total_loss,
     word_features,
 )
@@ -83,6 +84,41 @@ def test_any_leading_shape_and_mixed_entries(d):
     for choice, row_ids, row_scores in rows:
         possible = [i for i, s in zip(row_ids, row_scores) if i >= 0 and s > 0]
         assert choice in (possible or [-1])
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 20.0, 100.0])
+def test_sharpened_scores_draw_by_their_softmax(sharpness):
+    ids = torch.tensor([7, 3, 5, -1, 9])
+    scores = torch.tensor([0.30, 0.29, 0.2, 0.9, 0.0])
+    shares = (sharpness * scores[:3].double()).softmax(0).tolist()
+    sharp = sharpened(ids, scores, sharpness).double()
+    torch.testing.assert_close((sharp / sharp.sum()).tolist()[:3], shares, rtol=1e-4, atol=1e-9)
+    assert sharp[3] == sharp[4] == 0
+    drawn = sample_labels(ids.expand(40_000, -1), sharp.expand(40_000, -1), seeded(0))
+    check_frequencies(drawn, dict(zip(ids[:3].tolist(), shares)) | {9: 0, -1: 0})
+
+
+def test_a_patch_without_labels_has_none_when_sharpened():
+    sharp = sharpened(torch.full((2, 3), -1), torch.rand(2, 3), 100.0)
+    assert sharp.abs().sum() == 0
+
+
+def test_the_loss_draws_by_sharpened_scores():
+    """Sharp enough, each patch draws its best label; by default it often draws the other."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 5, generator=generator)
+    ids = torch.arange(128).view(1, 64, 2)
+    scores = torch.tensor([0.3, 0.29]).expand(1, 64, 2)
+    table = torch.randn(128, 5, generator=generator)
+    seen = []
+
+    def words(labels):
+        seen.append(labels)
+        return table[labels]
+
+    for sharpness in (1000.0, 0.0):
+        sea_loss(x, ids, scores, words, torch.zeros(1), (8, 8), 1, seeded(0), sharpness=sharpness)
+    assert (seen[0] % 2 == 0).float().mean() > 0.95 and (seen[1] % 2 == 1).sum() > 20
 
 
 def test_the_generator_decides_the_labels():

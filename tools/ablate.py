@@ -76,12 +76,6 @@ def words_find_patches(x, t, log_scale):
     return patches_find_words(t, x, log_scale)
 
 
-def sample_sharply(label_ids, label_scores, generator=None):
-    """p ∝ exp(100 s), the scale at which CLIP itself compares, in place of Eq. 9's shares."""
-    weights = torch.exp(100 * (label_scores - label_scores.amax(-1, keepdim=True)))
-    return sample_labels(label_ids, weights * (label_scores > 0), generator)
-
-
 # Labels that are wrong on purpose, in place of sample_labels. [B, m, n] each.
 
 
@@ -148,13 +142,12 @@ GROUPS = {
         "another_image": Variant("", "loss.sample_labels", of_another_image),
         "words_exchanged": Variant("", "model.SEAModel.set_words", exchange_words),
         "random_words": Variant("", "loss.sample_labels", random_words),
-        "sign_reversed": Variant("--labels toy/labels_reversed"),
         "without_a_third": Variant("", "loss.sample_labels", without_every_third_word),
     },
     "drawing": {
         "labels_10": Variant(TEN_LABELS),
         "labels_10_uniform": Variant(TEN_LABELS, "loss.sample_labels", sample_uniformly),
-        "labels_10_sharp": Variant(TEN_LABELS, "loss.sample_labels", sample_sharply),
+        "labels_10_sharp": Variant(f"{TEN_LABELS} --sharpness 100"),
         "labels_3": Variant(TEN_LABELS, "loss.sample_labels", three_best_labels),
     },
     "effort": {
@@ -359,7 +352,6 @@ def print_table(title, runs, measures):
 def prepare():
     """The label stores of the variants, and the truth by whether a word is ever a label."""
     label("labels_n10", n=10)
-    label("labels_reversed", n=1, sign=-1)
     if not Path("toy/labels_truth/meta.json").exists():
         write_true_labels(Path("toy/labels_truth"))
     write_file(Path("toy/truth_parts.json"), json.dumps(truth_in_parts()))
