@@ -7,6 +7,7 @@ Generating, tied weights, and the format of a saved folder are transformers' own
 
 import contextlib
 import copy
+import json
 import math
 import os
 import re
@@ -290,8 +291,8 @@ def packed_attention(
 
 
 def attend_within(module, query, key, value, lengths, sliding_window, **kwargs):
-    outputs = []
     """-> [1, L, heads, width]; arguments as of packed_attention."""
+    outputs = []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
         mask = None  # plainly causal
         n = q.shape[2]
@@ -364,27 +365,27 @@ def assemble(tower, llm, tokenizer, image_size):
     return llava
 
 
-@torch.no_grad()
 # Their layers limit attention by a mask alone, which does not reach packed_attention.
 HIDDEN_WINDOWS = ("llama4_text", "qwen2_moe", "phimoe", "doge")
 
 
+@torch.no_grad()
 def fit_llm(llm, name="--llm"):
     """Give an LLM packed_attention. UserError if it would not compute what it did without.
 
     It is run on a few tokens, as a whole and as SEAModel.forward runs it; not on the meta device.
-    """
     What begins at longer sequences is not seen; HIDDEN_WINDOWS names the known cases.
+    """
     misfit = f"{name}: {type(llm).__name__} does not fit into transformers' Llava, which"
     modules = list(dict(llm.named_children()))
     is_usual = modules == ["model", "lm_head"] and hasattr(llm.model, "embed_tokens")
     if not is_usual or llm.lm_head.bias is not None:
         raise UserError(f"{misfit} takes a decoder with embed_tokens and an LM head without bias")
-    if llm.device.type == "meta":
     if llm.config.model_type in HIDDEN_WINDOWS:
         raise UserError(
             f"{misfit} needs windows that attention functions are told; use another LLM"
         )
+    if llm.device.type == "meta":
         llm.model.set_attn_implementation("packed")
         return
     ids = torch.arange(1, 9, device=llm.device) * (llm.config.vocab_size // 9)
@@ -426,6 +427,11 @@ def absolute(name):
     Not resolved: in the hub's cache a GGUF file is a link to a file without the suffix.
     """
     return str(Path(name).absolute()) if os.path.exists(name) else name
+
+
+def made_of(parts):
+    """Where LLM and vision tower came from, or the Llava that had both: a list of names."""
+    return [parts[key] for key in ("llm", "vision", "llava") if key in parts]
 
 
 def part_digest(model, vocabulary=()):
@@ -679,6 +685,30 @@ def save_llava(model, folder, state, dtype):
         num_additional_image_tokens=int(TOWERS[config.vision_config.model_type] == "default"),
         chat_template=model.tokenizer.chat_template,
     ).save_pretrained(folder)
+    write_for_older_versions(Path(folder))
+
+
+def write_for_older_versions(folder):
+    """Change the JSON files of a Llava folder so that transformers 4.57 reads them, too.
+
+    They also lose where its parts were on the machine that trained.
+    """
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    for name in ("extra_special_tokens", "backend", "is_local", "local_files_only"):
+        content.pop(name, None)  # of version 5 alone; tokenizer.json has the special tokens
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    content["model_input_names"] = ["input_ids", "attention_mask"]
+    content["padding_side"] = "left"  # as generating needs it
+    file.write_text(json.dumps(content, indent=2))
+
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    for part in (content, content["text_config"], content["vision_config"]):
+        part.pop("_name_or_path", None)
+        if "rope_theta" in part.get("rope_parameters", {}):
+            part["rope_theta"] = part["rope_parameters"]["rope_theta"]
+    file.write_text(json.dumps(content, indent=2))
 
 
 def portable_names(model, state):

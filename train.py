@@ -77,8 +77,10 @@ from model import (
     SEAModel,
     adapter_state,
     checkpoints,
+    find_model,
     full_state,
     load_model,
+    made_of,
     new_model,
     refuse_other_parts,
     save_adapter,
@@ -134,11 +136,11 @@ class TrainConfig:
     tau: float = flag(
         1.0, "initial temperature of Eq. 11, then learned", "SEA", least=0.01, most=100
     )
-    gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "SEA")
-
     sharpness: float = flag(
         0.0, "s > 0: labels are drawn by softmax(s x score), CLIP's s is 100; 0: Eq. 9", "SEA"
     )
+    gather_pairs: bool = flag(False, "contrast over the micro-batches of all ranks", "SEA")
+
     # optimization; a global batch of 256 is 8 GPUs x 32, as in LLaVA. N of Eq. 11 is of one
     # micro-batch: with a smaller batch_size and more grad_accum, fewer words are told apart.
     batch_size: int = flag(32, "samples per GPU in one forward pass", least=1)
@@ -390,8 +392,8 @@ def main(argv=None):
         drop_torn_line(Path(cfg.out_dir, "metrics.jsonl"))
         images = (sample_lengths(train_set.samples) > 0).sum()
         print(
-            f"{model.parts}: {len(train_set):,} samples, {images:,} with an image, {steps:,} steps "
-            f"of {cfg.global_batch()}"
+            f"{' and '.join(made_of(model.parts))}: {len(train_set):,} samples, {images:,} with an "
+            f"image, {steps:,} steps of {cfg.global_batch()}"
         )
     barrier()
     wait_for(Path(cfg.out_dir, "config.json"), hours=0.05)  # other nodes must see the folder too
@@ -469,9 +471,9 @@ def train_step(run, batches, step):
             window=cfg.window,
             generator=micro_batch_generator(cfg, step, i),
             gather=cfg.gather_pairs,
+            sharpness=cfg.sharpness,
         )
         loss = total_loss(out["loss_g"], out.get("loss_a", 0), cfg.sea_weight)  # Eq. 13
-            sharpness=cfg.sharpness,
         (loss / len(batches)).backward()
         with torch.no_grad():
             for name in out:
@@ -914,8 +916,52 @@ def save_model(run, folder, export=False):
             save_adapter(folder, adapter, origin)
         if state:
             save_llava(run.model, folder, state, run.dtype)
+            write_file(folder / "README.md", model_card(run))
         for file in folder.glob("*.safetensors"):
             file.chmod(folder.stat().st_mode & 0o666)  # safetensors lets only their owner read
+
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+A multimodal LLM in transformers' Llava format, made of {parts} and an adapter between
+them; their licences apply. It was trained by nanoSEA, an implementation of Supervised Embedding
+Alignment (EMNLP 2025):
+
+{stages}
+
+```python
+from transformers import pipeline
+
+ask = pipeline("image-text-to-text", model="THIS FOLDER")
+image = {{"type": "image", "image": "photo.jpg"}}
+turn = {{"role": "user", "content": [image, {{"type": "text", "text": "What is this?"}}]}}
+print(ask(text=[turn], return_full_text=False)[0]["generated_text"])
+```
+
+transformers 4.57 and later read it; with a Gemma, 5.4 and later.
+"""
+
+
+def model_card(run):
+    """README.md of a Llava folder: what it was made of, how it was trained, and how to ask it."""
+    runs = [saved_config(run.cfg.out_dir)]
+    if run.cfg.init:
+        found = find_model(run.cfg.init).resolve()  # of a stage 1: its model/ or a checkpoint
+        before = saved_config(found.parent) or saved_config(found.parent.parent)
+        runs = [before, *runs] if before else runs
+    lines = []
+    for saved in runs:
+        line = f"- {saved['stage']}: {saved['samples']:,} samples of {Path(saved['data']).name}"
+        if saved["sea_weight"] > 0:
+            line += f", with SEA (λ {saved['sea_weight']:g}, k {saved['window']})"
+        lines.append(line)
+    # Of a folder only its name: where it was says nothing to others.
+    names = [Path(x).name if os.path.isabs(x) else x for x in made_of(run.model.parts)]
+    return CARD.format(parts=" and ".join(names), stages="\n".join(lines))
 
 
 if __name__ == "__main__":

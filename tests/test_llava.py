@@ -4,6 +4,8 @@ They are narrow and shallow, but of their own architecture, image size and token
 """
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -304,9 +306,38 @@ def test_both_stages_and_a_folder_that_transformers_loads(
     assert "language_model.model.layers.0.mlp.down_proj.weight" in names
     config = json.loads((tmp_path / "two/model/config.json").read_text())
     assert config["vision_feature_layer"] == -2 and config["image_seq_length"] == first.image_tokens
+    for file in (tmp_path / "two/model").glob("*config.json"):
+        text = file.read_text()
+        assert str(parts) not in text and "packed" not in text, file
+    # what transformers 4.57 needs
+    theta = config["text_config"]["rope_parameters"]["rope_theta"]
+    assert config["text_config"]["rope_theta"] == theta
+    of_tokenizer = json.loads((tmp_path / "two/model/tokenizer_config.json").read_text())
+    assert of_tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"extra_special_tokens", "backend", "is_local"} & of_tokenizer.keys()
     lines = (tmp_path / "two/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss_g"] for line in lines]
     assert len(losses) == 4 and np.isfinite(losses).all()
+
+
+def test_the_model_card_tells_how_it_was_made_and_answers(parts, tmp_path, monkeypatch, capsys):
+    train.main(pretrain_flags(parts, "llama-3", "clip", tmp_path / "one"))
+    train.main(finetune_flags(parts, tmp_path / "one", tmp_path / "two"))
+    card = (tmp_path / "two/model/README.md").read_text()
+    assert "llama-3 and clip" in card and str(parts) not in card and str(tmp_path) not in card
+    assert "- pretrain: " in card and "with SEA (λ 1, k 2)" in card
+    assert "- finetune: " in card and "chats.json" in card
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    shutil.copy(parts / "images/0.png", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code.replace("THIS FOLDER", str(tmp_path / "two/model")))
+    said = capsys.readouterr().out.strip()
+    asked = [evaluation.question_sample("<image>\nWhat is this?", "0.png")]
+    model = load_model(tmp_path / "two")
+    # pipeline goes on for longer than our 16 tokens
+    [expected] = evaluation.answer(model, asked, parts / "images", 1)
+    assert said.startswith(expected[:10])
 
 
 @pytest.mark.parametrize("llm, unsaid", [("gemma", None), ("vicuna", list(range(32000, 32064)))])

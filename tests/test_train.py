@@ -679,7 +679,8 @@ def test_checkpoints_hold_no_pickles_and_are_for_all_to_read(finetune_flags, tmp
     train.main([*finetune_flags, "--out_dir", str(tmp_path), "--save_every", "3"])
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert [f.name for f in files if not f.suffix] == ["lock"]
-    assert {f.suffix for f in files} == {"", ".json", ".jsonl", ".jinja", ".safetensors"}
+    suffixes = {"", ".json", ".jsonl", ".jinja", ".safetensors", ".md"}
+    assert {f.suffix for f in files} == suffixes
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in files)
 
 
