@@ -18,6 +18,7 @@ through exactly the code of the full scale:
 CLIP is trained on whole images and text, never on the truth of a patch; the LM on text only.
 """
 
+import io
 import json
 import os
 import random
@@ -25,6 +26,7 @@ import shutil
 import threading
 from collections import defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from math import cos, pi
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -45,6 +47,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 import train
 from data import UserError, cli, image_processor, load_samples, run_command
@@ -57,8 +60,10 @@ from tools.look import look_at_words
 
 def demonstrate():
     """Build the toy, train an adapter on captions alone and another with SEA, compare the two."""
+    disable_progress_bar()  # of transformers
     print(
-        "SEA on a laptop: the same adapter, trained on captions alone and with SEA. Four steps.\n"
+        "SEA on a laptop: the same adapter, trained on captions alone and with SEA. Four steps, "
+        "about three minutes.\n"
     )
     print("1 of 4: draw a world, train its CLIP and its language model, label its patches.")
     ensure()
@@ -68,12 +73,13 @@ def demonstrate():
     train_once("out/toy")
     print("\n4 of 4: which word of the language model is nearest to each visual token?")
     runs = {"captions only": "out/toy_baseline", "SEA": "out/toy"}
-    found = look_at_words(runs["SEA"], runs["captions only"], truth="toy/truth.json")
+    with redirect_stdout(io.StringIO()):  # each run's own numbers are in its eval.jsonl
+        found = look_at_words(runs["SEA"], runs["captions only"], truth="toy/truth.json")
+        scores = [eval_tacs(path, samples=250)["tacs"] for path in runs.values()]
     print(f"\n{'on held-out images':32}" + "".join(f"{kind:>15}" for kind in runs))
     for part in ("object", "background"):
         shares = "".join(f"{found[path]['true'][part]:15.0%}" for path in runs.values())
         print(f"{'true words, ' + part + 's':32}{shares}")
-    scores = [eval_tacs(path, samples=250)["tacs"] for path in runs.values()]
     print(f"{'TACS (at most 1)':32}" + "".join(f"{score:15.2f}" for score in scores))
     print(
         "\nOpen words.html in a browser to see the words. Then teach it to answer, and ask:\n"
