@@ -5,7 +5,8 @@
 
 All flags are train.py's. Any computer will do: the model is built without weights (only config,
 tokenizer and preprocessor files are read), the other ranks are not there, and nothing is written.
-What would fail in the first step on a GPU, such as a wrong shape or dtype, fails here.
+What would fail in the first step on a GPU, such as a wrong shape or dtype, fails here. --compile
+is left out.
 
 Memory is what the run's own code allocates on the first GPU, for bf16 unless --dtype float32. Left
 out, some GiB: the CUDA context, gaps of the allocator, kernels' workspaces, buffers of NCCL.
@@ -38,6 +39,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import train
 from data import IGNORE, UserError, cli, collate, load_samples, sample_lengths, world_size
+from model import made_of
 
 # Number of samples in the recipes' files, to plan before the download. The last two are rounded.
 SAMPLES = {
@@ -82,7 +84,8 @@ def shapes_of_run(argv):
         stage_1 = train.parse_config(["--preset", given.preset])
         argv = [*argv, "--llm", stage_1.llm, "--vision", stage_1.vision]
     cfg = train.parse_config(argv)
-    cfg = dataclasses.replace(cfg, dtype=cfg.dtype or "bfloat16")
+    # Compiled blocks take no tensors without numbers.
+    cfg = dataclasses.replace(cfg, dtype=cfg.dtype or "bfloat16", compile=False)
     with torch.device("meta"):
         model, dtype = train.build_model(cfg, torch.device("meta"))
     return cfg, model, dtype
@@ -95,19 +98,20 @@ def plan(cfg, model, dtype):
     loaded = sum(p.numel() * (p.itemsize if is_pretrain else 4) for p in model.parameters())
     cpu = {"while loading": loaded * min(ranks, 8)}  # a node has up to 8 ranks; each loads all
     params = {"all": count_parameters(model), "trained": count_parameters(model, trained=True)}
-    steps = plan_steps(cfg, ranks, model.image_tokens)
+    samples, text = data_of(cfg)
+    steps = plan_steps(cfg, samples, model.image_tokens)
     disk = plan_disk(cfg, steps, params, dtype, model.image_tokens)
-    print(f"{cfg.stage} on {ranks} GPUs: {model.parts}; {cfg.data}")
+    print(f"{cfg.stage} on {ranks} GPUs: {' and '.join(made_of(model.parts))}; {cfg.data}")
     if not Path(cfg.data).is_file():
         print(f"{cfg.data} is not here; it has about {steps['samples']:,} samples")
     print_table("parameters", params)
     print_table("steps", {"": steps})
 
-    mean = min(cfg.max_length, model.image_tokens + mean_text(cfg))
+    mean = min(cfg.max_length, model.image_tokens + text)
     longest = cfg.max_length if not is_pretrain else mean  # captions are short
     if mean <= model.image_tokens + 1:
         raise UserError(f"--max_length {cfg.max_length} leaves no room for text beside an image")
-    gpu, operations = dry_run(cfg, model, dtype, [mean, longest])
+    gpu, operations = dry_run(cfg, model, dtype, list(dict.fromkeys([mean, longest])))
     for positions, phases in gpu.items():
         title = f"GPU memory, GiB: {cfg.batch_size} x {positions:,}"
         print_table(title, phases, 2**30)
@@ -134,13 +138,18 @@ def numel(parameters, trained=False):
     return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
-def plan_steps(cfg, ranks, image_tokens):
+def data_of(cfg):
+    """-> number of samples, mean positions of a text: of the data file, or what is known of it."""
     file = Path(cfg.data)
     if not file.is_file() and file.name in SAMPLES:
-        samples = SAMPLES[file.name]
-    else:
-        samples = len(load_samples(file, captions=cfg.stage == "pretrain"))
-    batch = cfg.batch_size * cfg.grad_accum * ranks
+        return SAMPLES[file.name], TEXT_LENGTH[cfg.stage]
+    lengths = sample_lengths(load_samples(file, captions=cfg.stage == "pretrain"))
+    words = abs(lengths).mean()
+    return len(lengths), math.ceil(TOKENS_PER_WORD * words) + 8  # and what the chat format writes
+
+
+def plan_steps(cfg, samples, image_tokens):
+    batch = cfg.global_batch()
     steps = cfg.max_steps or math.ceil(samples / batch)
     return {
         "samples": samples,
@@ -150,15 +159,6 @@ def plan_steps(cfg, ranks, image_tokens):
         "image tokens a step": batch * image_tokens,
         "positions a step, at most": batch * cfg.max_length,
     }
-
-
-def mean_text(cfg):
-    """Positions that the text of a sample takes: of the data file if it is here, else a guess."""
-    if not Path(cfg.data).is_file():
-        return TEXT_LENGTH[cfg.stage]
-    samples = load_samples(cfg.data, captions=cfg.stage == "pretrain")
-    words = abs(sample_lengths(samples)).mean()
-    return math.ceil(TOKENS_PER_WORD * words) + 8  # and what the chat format writes
 
 
 def plan_disk(cfg, steps, params, dtype, image_tokens):
@@ -194,13 +194,24 @@ def print_table(title, columns, unit=1):
 # ----------------------------------------------------------------------------- the dry run
 
 aten = torch.ops.aten
+
+
+def attention_operations(q, k, v, *_, **__):
+    return sdpa_flop_count(q, all_heads(k, q), all_heads(v, q))
+
+
+def attention_backward_operations(grad, q, k, v, *_, **__):
+    return sdpa_backward_flop_count(grad, q, all_heads(k, q), all_heads(v, q))
+
+
+def all_heads(shape, q):
+    """Keys and values have as many heads as queries: each counts for every query it meets."""
+    return (*q[:2], *shape[2:])
+
+
 ATTENTION_OPERATIONS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_operations,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_operations,
 }
 
 
@@ -231,7 +242,7 @@ def dry_run(cfg, model, dtype, lengths):
     mesh = init_device_mesh("cpu", (ranks,))  # before the mode, for it holds numbers
     patches = (
         mock.patch.object(train, "fully_shard", functools.partial(fully_shard, mesh=mesh)),
-        # DDP needs numbers. It adds no memory: its buckets are the gradients.
+        # DDP needs numbers. It adds no memory: its buckets are the gradients (see as_on_gpus).
         mock.patch.object(train, "DistributedDataParallel", lambda model, **_: model),
         # Numbers that are read are 0, 1, 2 ...: labels, so that all differ, and what is logged.
         mock.patch.object(FakeTensor, "tolist", lambda x: list(range(len(x)))),
@@ -244,7 +255,7 @@ def dry_run(cfg, model, dtype, lengths):
         make_fake(model)
         device = torch.device("cpu")
         parallel_model = train.parallelize(cfg, model, dtype)
-        optimizer = train.build_optimizer(cfg, model)
+        optimizer = as_on_gpus(train.build_optimizer(cfg, model), cfg)
         run = MeasuredRun(cfg, device, dtype, model, parallel_model, optimizer, steps=1000)
         run.meter = meter = Meter(model, optimizer, fakes)
         optimizer.register_step_pre_hook(lambda *_: meter.enter("optimizer"))
@@ -263,6 +274,18 @@ def dry_run(cfg, model, dtype, lengths):
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_OPERATIONS) as counter:
             step(lengths[0])
     return memory, counter.get_total_flops()
+
+
+def as_on_gpus(optimizer, cfg):
+    """AdamW as it is on GPUs, where it goes over all weights at once, which takes memory.
+
+    And as it is with DDP, whose buckets, which are the gradients, stay when they are zeroed.
+    """
+    for group in optimizer.param_groups:
+        group["foreach"] = True
+    if world_size() > 1 and not cfg.fsdp:
+        optimizer.zero_grad = functools.partial(optimizer.zero_grad, set_to_none=False)
+    return optimizer
 
 
 def make_batch(cfg, model, length):
