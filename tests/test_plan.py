@@ -633,6 +633,15 @@ def test_memory_is_what_a_real_step_takes(stage, more, medium, tmp_path, monkeyp
     assert planned_peak == pytest.approx(total, rel=0.02)
 
 
+def test_the_buckets_of_ddp_stay(medium):
+    """From one step to the next; a single process frees gradients."""
+    flags = f"--stage finetune {medium} --batch_size 2 --max_length 60"
+    [alone] = planned(1, flags)["gpu"].values()
+    [of_two] = planned(2, flags)["gpu"].values()
+    assert alone["forward"]["gradients"] == 0
+    assert of_two["forward"]["gradients"] == of_two["forward"]["trained"] > 0
+
+
 def test_operations_are_those_of_the_weights(medium):
     """Two for each weight, position and pass, by hand; attention and the adapter are small."""
     costs = {}
