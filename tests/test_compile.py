@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import train
 from model import decode, fit_llm
+from tools import speed
 
 CHECKPOINT = ["--grad_checkpoint", "--no-grad_checkpoint"]
 
@@ -88,6 +89,16 @@ def test_blocks_with_windows_are_graphs_around_their_attention(backend):
     names = collections.Counter(name for graph in backend.graphs for name in graph)
     assert any("linear" in name for name in names)
     assert not any("scaled_dot_product" in name for name in names)
+
+
+def test_speed_compares_compiled_steps_with_plain_ones(backend):
+    _, steps = speed.make_steps("tiny", 2, "pretrain", 1, 8, False, True)
+    losses = {}
+    for name, step in steps.items():
+        before = backend.runs
+        losses[name] = step()
+        assert (backend.runs > before) == (name == "compiled")
+    assert losses["compiled"] == pytest.approx(losses["not compiled"], rel=1e-5)
 
 
 @pytest.mark.real

@@ -158,6 +158,12 @@ def make_steps(llm, tower_layers, stage, batch_size, text, grad_checkpoint, comp
     def ours(batch):
         return train.train_step(run, [dict(batch)], 1)["loss_g"]
 
+    def ours_uncompiled():
+        with torch.compiler.set_stance("force_eager"):
+            return ours(baseline)
+
+    if compile:
+        return run, {"compiled": lambda: ours(baseline), "not compiled": ours_uncompiled}
     steps = {"with SEA": lambda: ours(batch), "without SEA": lambda: ours(baseline)}
     if stage == "finetune":
         steps = {"ours": steps["without SEA"]}
@@ -266,6 +272,7 @@ def time_steps(
 ):
     """Time a step against transformers' Llava of the same weights on the same batch.
 
+    compile: a step with --compile against one without, in place of Llava's.
     text: positions of a text. tower_layers: CLIP-L has 24; with fewer of them, what both do alike
     hides less of the rest. Memory is the peak over what a step finds: weights and optimizer.
     """
