@@ -680,22 +680,14 @@ def test_the_papers_stage_2():
 
 
 @pytest.mark.parametrize(
-    "place, wrong, message",
-    [
-        ("adapter.Adapter.forward", lambda self, x: x, "index_copy|size|shape"),
-        (
-            "model.decode",
-            lambda decoder, inputs, *rest, decode=model.decode: decode(
-                decoder, inputs.double(), *rest
-            ),
-            "dtype",
-        ),
-    ],
+    "wrong, message",
+    [(lambda x: x[:, 1:], "size|shape|dimension"), (lambda x: x.double(), "dtype")],
     ids=["shape", "dtype"],
 )
-def test_what_would_fail_in_the_first_step_fails(place, wrong, message, medium, monkeypatch):
-    """An adapter that gives a wrong width; an LLM that gets float64, which autocast leaves."""
-    monkeypatch.setattr(place, wrong)
+def test_what_would_fail_in_the_first_step_fails(wrong, message, medium, monkeypatch):
+    """An LLM that gets embeddings of a wrong width, or float64, which autocast leaves."""
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda llm, x, *rest: decode(llm, wrong(x), *rest))
     flags = f"--stage finetune {medium} --batch_size 2 --max_length 60"
     with pytest.raises((RuntimeError, ValueError, IndexError), match=message):
         planned(1, flags)

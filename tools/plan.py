@@ -26,11 +26,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -251,13 +251,17 @@ def dry_run(cfg, model, dtype, lengths):
         stack.callback(dist.destroy_process_group)
         for patch in patches:
             stack.enter_context(patch)
-        fakes = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         make_fake(model)
         device = torch.device("cpu")
         parallel_model = train.parallelize(cfg, model, dtype)
         optimizer = as_on_gpus(train.build_optimizer(cfg, model), cfg)
         run = MeasuredRun(cfg, device, dtype, model, parallel_model, optimizer, steps=1000)
-        run.meter = meter = Meter(model, optimizer, fakes)
+        run.meter = meter = Meter(model, optimizer)
+        # DTensor works out shapes on tensors that are not sharded.
+        name = "_propagate_tensor_meta_non_cached"
+        shapes = meter.pausing(getattr(ShardingPropagator, name))
+        stack.enter_context(mock.patch.object(ShardingPropagator, name, shapes))
         optimizer.register_step_pre_hook(lambda *_: meter.enter("optimizer"))
 
         def step(length):
@@ -339,10 +343,10 @@ class Meter(TorchDispatchMode):
     torch's own MemTracker fails on frozen parameters, and knows no phases.
     """
 
-    def __init__(self, model, optimizer, fakes):
+    def __init__(self, model, optimizer):
         super().__init__()
         self.optimizer = optimizer
-        self.fakes = fakes
+        self.is_paused = False
         self.phase = "forward"
         self.peaks = {}
         self.now = 0
@@ -380,10 +384,22 @@ class Meter(TorchDispatchMode):
             operands = [(x.dtype, tuple(x.shape)) for x in args if torch.is_tensor(x)]
             raise RuntimeError(f"{func} needs one dtype, and would fail on a GPU: {operands}")
         out = func(*args, **(kwargs or {}))
-        if active_fake_mode() is self.fakes:  # DTensor works out shapes in a mode of its own
+        if not self.is_paused:
             tree_map_only(torch.Tensor, self.see, out)
             self.note_peak()
         return out
+
+    def pausing(self, function):
+        """A function whose tensors are not there in the run."""
+
+        def call(*args):
+            self.is_paused = True
+            try:
+                return function(*args)
+            finally:
+                self.is_paused = False
+
+        return call
 
     def see(self, tensor):
         storage = tensor.untyped_storage()
