@@ -29,7 +29,7 @@ for suffix in "" _baseline; do
     # Stage 1.
     [ -d "out/$run/model" ] ||
         python train.py --stage pretrain --data $captions --llm qwen3-0.6b --batch_size 8 --grad_accum 32 \
-            "${flags[@]}" --resume
+            --no-grad_checkpoint "${flags[@]}" --resume
 
     # Stage 2: 520 steps of 128 conversations.
     [ -d "out/${run}_finetune/model" ] ||

@@ -642,6 +642,13 @@ def test_the_buckets_of_ddp_stay(medium):
     assert of_two["forward"]["gradients"] == of_two["forward"]["trained"] > 0
 
 
+def test_micro_batches_beyond_two_cost_operations_and_no_memory(medium):
+    flags = f"{medium} --batch_size 2 --max_length 60 --max_steps 7"
+    two, five = (planned(1, f"{flags} --grad_accum {n}") for n in (2, 5))
+    assert five["gpu"] == two["gpu"]
+    assert five["hours"] == pytest.approx(2.5 * two["hours"])
+
+
 def test_operations_are_those_of_the_weights(medium):
     """Two for each weight, position and pass, by hand; attention and the adapter are small."""
     costs = {}

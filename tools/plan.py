@@ -236,6 +236,7 @@ def dry_run(cfg, model, dtype, lengths):
     """
     ranks = world_size()
     batches = {length: make_batch(cfg, model, length) for length in lengths}
+    micro_batches = min(cfg.grad_accum, 2)  # further ones take no more memory
     # Labels are words of two tokens, as many as a batch has patches.
     model.word_token_ids = [[1, 1]] * (ranks * cfg.batch_size * model.image_tokens)
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -265,7 +266,7 @@ def dry_run(cfg, model, dtype, lengths):
         optimizer.register_step_pre_hook(lambda *_: meter.enter("optimizer"))
 
         def step(length):
-            train.train_step(run, [dict(batches[length]) for _ in range(cfg.grad_accum)], step=1)
+            train.train_step(run, [dict(batches[length]) for _ in range(micro_batches)], step=1)
 
         memory = {}
         with meter:
@@ -277,7 +278,7 @@ def dry_run(cfg, model, dtype, lengths):
         # Not under the meter, for which it would keep alive what is recomputed.
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_OPERATIONS) as counter:
             step(lengths[0])
-    return memory, counter.get_total_flops()
+    return memory, counter.get_total_flops() * cfg.grad_accum // micro_batches
 
 
 def as_on_gpus(optimizer, cfg):
