@@ -706,7 +706,7 @@ def write_for_older_versions(folder):
     content = json.loads(file.read_text())
     for part in (content, content["text_config"], content["vision_config"]):
         part.pop("_name_or_path", None)
-        if "rope_theta" in part.get("rope_parameters", {}):
+        if "rope_theta" in (part.get("rope_parameters") or {}):
             part["rope_theta"] = part["rope_parameters"]["rope_theta"]
     file.write_text(json.dumps(content, indent=2))
 

@@ -951,8 +951,11 @@ def model_card(run):
     runs = [saved_config(run.cfg.out_dir)]
     if run.cfg.init:
         found = find_model(run.cfg.init).resolve()  # of a stage 1: its model/ or a checkpoint
-        before = saved_config(found.parent) or saved_config(found.parent.parent)
-        runs = [before, *runs] if before else runs
+        for folder in (found.parent, found.parent.parent):
+            if (folder / "metrics.jsonl").exists():  # a run's, which may be of an older version
+                file = folder / "config.json"
+                runs.insert(0, read_object(file.read_bytes(), file))
+                break
     lines = []
     for saved in runs:
         line = f"- {saved['stage']}: {saved['samples']:,} samples of {Path(saved['data']).name}"
