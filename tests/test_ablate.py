@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -13,6 +14,7 @@ import torch
 import loss
 import train
 from data import UserError, load_samples
+from eval import find_run, open_captions
 from labels import LabelStore
 from model import new_model
 from tools import ablate
@@ -319,6 +321,9 @@ def test_report_and_ablate_end_to_end(short_runs, capsys):
     steps = [line["step"] for line in lines_of(out / "SEA_0/pretrain") if "pope" in line]
     assert steps == [1, 2, 3]
 
+    of_parts = of_eval(out / "SEA_0/pretrain", "tacs")[-1]
+    assert of_parts == pytest.approx(naive_tacs_of_parts(out / "SEA_0/pretrain"), rel=1e-4)
+
     def times():
         return {run.name: (run / "done").stat().st_mtime for run in out.glob("*_0")}
 
@@ -329,7 +334,7 @@ def test_report_and_ablate_end_to_end(short_runs, capsys):
     assert after["SEA_0"] > before["SEA_0"] and after["baseline_0"] == before["baseline_0"]
     said = capsys.readouterr().out
     names = ["baseline", "SEA", "no_stage_1", "fixed_tau", "labels_10_uniform"]
-    assert [said.count(f"| {name} |") for name in names] == [3, 3, 2, 3, 3]
+    assert [said.count(f"| {name} |") for name in names] == [4, 4, 2, 4, 4]
 
     def config(variant):
         return json.loads((out / f"{variant}_0/pretrain/config.json").read_text())
@@ -337,6 +342,28 @@ def test_report_and_ablate_end_to_end(short_runs, capsys):
     assert config("labels_10_uniform")["labels"] == "toy/labels_n10"
     log = (out / "fixed_tau_0/pretrain/metrics.jsonl").read_text().splitlines()
     assert {json.loads(line).get("tau", 1) for line in log} == {1}  # in the process of its own
+
+
+def naive_tacs_of_parts(run):
+    """Eq. 14 in loops, with the words of captions that are, and that are not, every third one."""
+    sea, captions = open_captions(find_run(run), "", "", 8)
+    sums = {"every third word": [], "other words": []}
+    for i, sample in enumerate(captions.samples):
+        with torch.no_grad():
+            visual = sea.visual_tokens(captions[i]["pixels"][None])[0].double()
+        words = re.findall("[a-z]+", sample["conversations"][1]["value"])
+        for part, values in sums.items():
+            chosen = [w for w in words if w in ablate.WORDS]
+            chosen = [w for w in chosen if (w in ablate.WORDS[::3]) == (part == "every third word")]
+            ids = [sea.tokenizer(f" {w}", add_special_tokens=False).input_ids for w in chosen]
+            if not ids:
+                continue
+            assert {len(tokens) for tokens in ids} == {1}
+            table = sea.embed_tokens(torch.tensor(ids)[:, 0]).double()
+            cosines = [[torch.cosine_similarity(v, t, 0).item() for t in table] for v in visual]
+            best = sorted((max(row) for row in cosines), reverse=True)[:10]
+            values.append(sum(best) / len(best))
+    return {part: sum(values) / len(values) for part, values in sums.items()}
 
 
 def test_every_variant_differs_from_all_others():

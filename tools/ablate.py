@@ -32,7 +32,16 @@ from tqdm import tqdm
 
 import train
 from data import UserError, cli, load_samples, run_command
-from eval import find_run, pope_metrics, read_pope
+from eval import (
+    encode_images,
+    encode_words,
+    find_run,
+    open_captions,
+    pope_metrics,
+    read_pope,
+    save_result,
+    tacs,
+)
 from labels import LabelStore, label_files, write_file
 from loss import contrastive_loss, cosines, sample_labels
 from model import SEAModel, checkpoints
@@ -188,6 +197,7 @@ SCRIPT = """\
 train --preset toy --seed {seed} --out_dir '{run}/pretrain' {flags} --val_every {val_every}
 eval tacs --model '{run}/pretrain' --samples 250
 eval gap --model '{run}/pretrain' --samples 250
+tools.ablate tacs_of_parts --model '{run}/pretrain'
 tools.look words --model '{run}/pretrain' --samples 250 --truth toy/truth_parts.json \
     --out '{run}/words.html'
 train --preset toy --stage finetune --seed {seed} --keep 0 --val_every {val_every} \
@@ -212,8 +222,12 @@ ALIGNMENT = {
     "D_of_unit_vectors": "D, unit vectors",
     "true object": "true words, objects",
     "true background": "background",
-    "true every third word": "every third word",
-    "true other words": "other words",
+}
+PARTS = {
+    "true every third word": "true words, every third",
+    "true other words": "others",
+    "tacs every third word": "TACS, every third word",
+    "tacs other words": "others",
 }
 BEFORE = ALIGNMENT | {"caption_loss": "caption loss"}
 ANSWERS = {
@@ -249,6 +263,23 @@ def do_run(name, run, script):
                 end = log.read_text()[-800:]
                 raise UserError(f"{command}\nfailed; the end of {log}:\n{end}") from error
     (run / "done").touch()
+
+
+def tacs_of_parts(model: str):
+    """TACS where the text tokens are one part of a caption's words: those that
+    without_every_third_word leaves out, or the others. Captions without such words do not count."""
+    run = find_run(model)
+    sea, captions = open_captions(run, "", "", 250)
+    features = encode_words(sea, WORDS)
+    x_v = encode_images(sea, captions).unflatten(0, (len(captions), -1))
+    scores = {part: [] for part in words_in_parts()}
+    for visual_tokens, sample in zip(x_v, captions.samples):
+        caption = sample["conversations"][1]["value"].rstrip(".").split()
+        for part, words in words_in_parts().items():
+            numbers = [i for i, word in enumerate(WORDS) if word in words.intersection(caption)]
+            if numbers:
+                scores[part].append(tacs(visual_tokens, features[numbers]).item())
+    return save_result(run, {"tacs": {part: np.mean(values) for part, values in scores.items()}})
 
 
 def do_command(command):
@@ -287,6 +318,7 @@ def do_runs(names, seeds, out):
             if of_seeds[0].exists()
         }
     print_table("after stage 1", histories["pretrain"], BEFORE)
+    print_table("after stage 1, by word", histories["pretrain"], PARTS)
     print_table("after stage 2: answers", histories["finetune"] | always(), ANSWERS)
     print_table("after stage 2: alignment", histories["finetune"], ALIGNMENT)
     return histories["pretrain"], histories["finetune"]
@@ -380,20 +412,25 @@ def write_true_labels(folder):
     write_file(folder / "meta.json", json.dumps(meta))  # last: now the store is one
 
 
-def truth_in_parts():
-    """toy/truth.json, also with the words that without_every_third_word leaves out, by themselves.
+def words_in_parts():
+    """The words that without_every_third_word leaves out, and the others."""
+    left_out = set(WORDS[::3])
+    return {"every third word": left_out, "other words": set(WORDS) - left_out}
 
-    A patch counts for them if one of its words is among them, and then only that word is true.
+
+def truth_in_parts():
+    """toy/truth.json, also with the words of each part by themselves.
+
+    A patch counts for a part if one of its words is among them, and then only that word is true.
     """
     truth = json.loads(Path("toy/truth.json").read_text())
-    left_out = set(WORDS[::3])
     for kinds in truth.values():
-        parts = {"every third word": {}, "other words": {}}
+        parts = {part: {} for part in words_in_parts()}
         for patches in list(kinds.values()):
             for place, words in patches.items():
-                for part, of_part in zip(parts, (left_out & set(words), set(words) - left_out)):
-                    if of_part:
-                        parts[part][place] = sorted(of_part)
+                for part, of_part in words_in_parts().items():
+                    if found := of_part.intersection(words):
+                        parts[part][place] = sorted(found)
         kinds.update(parts)
     return truth
 
@@ -445,6 +482,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-"):
         return run_command(__doc__, ablate, argv)
+    if argv[0] == "tacs_of_parts":  # a line of SCRIPT
+        return run_command(__doc__, tacs_of_parts, argv[1:])
     if argv[0] not in VARIANTS:
         raise UserError(f"{argv[0]}: no variant; there are {', '.join(VARIANTS)}")
     variant = VARIANTS[argv[0]]
