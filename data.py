@@ -639,6 +639,13 @@ def vision_preprocess(name):
     return dict(size=size, mode=mode, mean=mean, std=std)
 
 
+def check_first_image(samples, image_folder):
+    """UserError if the first sample's image cannot be read: said before a model is loaded."""
+    image = image_of(samples[0])
+    if image is not None:
+        read_image(Path(image_folder, image))
+
+
 def read_image(file):
     """-> RGB image; a UserError names a missing or broken file.
 
@@ -873,11 +880,29 @@ def cli(main):
 
 LEAST = {"workers": 0, "seed": 0, "sign": -1, "min_score": -1}  # of other numbers: above 0
 
+# What parameters mean to several functions; docstrings with a line of their own override them.
+HELP = {
+    "model": "the --out_dir of a run, a checkpoint in it, or a Llava folder or hub name",
+    "data": "samples in LLaVA's format; by default those that the run is validated or trained on",
+    "image_folder": "where the samples' image paths begin; by default as in the run",
+    "samples": "how many samples, the first",
+    "words": "a file with a word a line; by default the list of the run's labels",
+    "batch_size": "how many images at a time",
+    "workers": "image-decoding processes",
+    "prompt": "what follows each question",
+    "max_new_tokens": "the length of an answer, at most",
+    "llm": "where the LLM of a stage 1 is, if it has moved",
+    "vision": "where the vision tower of a stage 1 is, if it has moved",
+    "repeats": "how often each is timed; medians are printed",
+}
+
 
 def run_command(doc, functions, argv=None):
     """Call functions[subcommand] as argv says. The flags are the parameters of that function.
 
-    functions may be a single function: there is no subcommand then.
+    functions may be a single function: there is no subcommand then. A list[str] is what stands
+    without a flag. What --help says of a parameter is a line "name: ..." of the docstring, with
+    indented lines that continue it, or else stands in HELP.
     """
     options = dict(
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
@@ -890,7 +915,7 @@ def run_command(doc, functions, argv=None):
     else:
         commands = parser.add_subparsers(dest="command", required=True)
         for name, function in functions.items():
-            text = inspect.getdoc(function)
+            text, _ = parse_docstring(function)
             command = commands.add_parser(
                 name, help=text.splitlines()[0], description=text, allow_abbrev=False, **options
             )
@@ -907,10 +932,23 @@ def run_command(doc, functions, argv=None):
     return function(**args)
 
 
+def parse_docstring(function):
+    """-> the docstring without its lines about parameters, and {parameter: what they say}."""
+    text = inspect.getdoc(function)
+    names = "|".join(inspect.signature(function).parameters)
+    line = rf"^({names}): (.*(?:\n    .*)*)\n?"
+    said = {name: " ".join(words.split()) for name, words in re.findall(line, text, re.MULTILINE)}
+    return re.sub(line, "", text, flags=re.MULTILINE).strip(), said
+
+
 def add_flags(parser, function):
+    said = HELP | parse_docstring(function)[1]
     for parameter in inspect.signature(function).parameters.values():
-        is_required = parameter.default is parameter.empty
-        help = "required" if is_required else f"default: {parameter.default!r}"
+        help = said.get(parameter.name, "")
+        if parameter.default is parameter.empty:
+            help += " (required)"
+        elif parameter.default != "":
+            help += f" (default: {parameter.default!r})"
         add_flag(parser, parameter, help)
 
 
@@ -919,10 +957,14 @@ def add_flag(parser, parameter, help):
 
     A flag that is not given stays out of the parser's result, so that Python's defaults hold.
     """
+    if typing.get_origin(parameter.annotation) is list:
+        parser.add_argument(parameter.name, nargs="+", help=help)
+        return
     choices = typing.get_args(parameter.annotation) or None  # of a Literal
     kind = type(choices[0]) if choices else parameter.annotation
     options = {"type": kind, "choices": choices}
     if kind is bool:
         options = {"action": argparse.BooleanOptionalAction}
     is_required = parameter.default is parameter.empty
+    help = help.replace("%", "%%")
     parser.add_argument(f"--{parameter.name}", required=is_required, help=help, **options)

@@ -38,6 +38,7 @@ from data import (
     IMAGE_TOKEN,
     LlavaDataset,
     UserError,
+    check_first_image,
     cli,
     collate,
     image_of,
@@ -45,6 +46,7 @@ from data import (
     parse_json,
     rank,
     rank_device,
+    read_image,
     read_json_lines,
     read_object,
     run_command,
@@ -186,6 +188,7 @@ def open_captions(run, data, image_folder, samples):
     """-> the SEAModel of a Run, and a LlavaDataset of the first `samples` of find_captions."""
     data, image_folder = find_captions(run, data, image_folder)
     first_samples = list(itertools.islice(load_samples(data), samples))
+    check_first_image(first_samples, image_folder)
     model = open_model(run)
     return model, LlavaDataset(
         first_samples,
@@ -262,7 +265,7 @@ def eval_tacs(
     llm: str = "",
     vision: str = "",
 ):
-    """Mean TACS and caption loss of image-caption pairs: the first `samples` of `data`."""
+    """Mean TACS (Eq. 14) and caption loss of image-caption pairs."""
     run = find_run(model, llm, vision)
     sea, captions = open_captions(run, data, image_folder, samples)
     score, pairs, loss, tokens = alignment_sums(sea, captions, sea.device)
@@ -280,9 +283,10 @@ def eval_gap(
 ):
     """D of Eq. 5, the norms it depends on (of visual tokens and words), and D of unit vectors."""
     run = find_run(model, llm, vision)
+    word_list = find_words(run, words)
     sea, captions = open_captions(run, data, image_folder, samples)
     x_v = encode_images(sea, captions).float()
-    features = encode_words(sea, find_words(run, words)).float()
+    features = encode_words(sea, word_list).float()
 
     result = dict(
         D=modality_gap(x_v, features),
@@ -307,8 +311,8 @@ def eval_words(
     python -m tools.look words draws these words over the images.
     """
     run = find_run(model, llm, vision)
-    sea, captions = open_captions(run, data, image_folder, samples)
     word_list = find_words(run, words)
+    sea, captions = open_captions(run, data, image_folder, samples)
     ids = nearest_word(encode_images(sea, captions), encode_words(sea, word_list))
     return save_result(run, {"words": word_shares(ids, word_list)})
 
@@ -438,12 +442,16 @@ def eval_pope(
 ):
     """POPE: does the model see objects that are not there?
 
+    LLaVA and the paper report the mean F1 over the files. It also prints `neither`: the share of
+    answers that count as yes without saying so.
+
     data: one of its files, such as coco_pope_random.json (each line a JSON object with image, text
-    and label, or a list of these), or a folder of them. LLaVA and the paper report the mean F1 over
-    the files. neither: the share of answers that count as yes without saying so.
+        and label, or a list of these), or a folder of them
+    image_folder: where the questions' image names begin
     """
     files = sorted(Path(data).glob("*.json*")) or [Path(data)]
     rows_of = {file.stem: read_pope(file) for file in files}  # all checked before any is asked
+    check_first_image(rows_of[files[0].stem], image_folder)
     run = find_run(model, llm, vision)
     sea = open_model(run)
     result = {}
@@ -510,11 +518,15 @@ def eval_vqa(
 
     Both are put in lower case, without outer spaces and final punctuation, and nothing else is
     forgiven: official numbers are lmms-eval's. Where a question lists choices ("A. a cat") and the
-    true answer is a letter of these, only the letter counts. data: samples in LLaVA's format; the
-    first question of each is asked. A file without images measures language alone. out: a .jsonl
-    file of the questions with their answers.
+    true answer is a letter of these, only the letter counts.
+
+    data: samples in LLaVA's format, of which the first question is asked; without images they
+        measure language alone
+    image_folder: where the samples' image paths begin
+    out: a .jsonl file for the questions with their answers
     """
     questions = [vqa_question(sample, prompt) for sample in load_samples(data, captions=False)]
+    check_first_image(questions, image_folder)
     run = find_run(model, llm, vision)
     sea = open_model(run)
     answers = answer(sea, questions, image_folder, batch_size, max_new_tokens, workers)
@@ -565,7 +577,11 @@ def chat(model: str, image: str = "", max_new_tokens: int = 512, llm: str = "", 
     """Ask about an image, or about nothing: one question a line, an empty line or Ctrl-D ends.
 
     An answer ends sooner than max_new_tokens where the LLM has no more positions.
+
+    image: its file
     """
+    if image:
+        read_image(image)  # an error now rather than after the first question
     sea = open_model(find_run(model, llm, vision))
     turns = []
     with contextlib.suppress(EOFError, KeyboardInterrupt):

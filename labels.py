@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from data import (
     UserError,
+    check_first_image,
     cli,
     digest,
     geometry,
@@ -402,14 +403,23 @@ def extract(
 ):
     """Label the images of a data file and write the store `out`; an interrupted run continues.
 
-    encoder: clip-l-336, clip-l-224, siglip-384, a folder, or MODEL/WEIGHTS of open_clip. path: how
-    patches are read; by default `last` for OpenAI's weights, as in the paper, unless they come as a
-    folder; for all others `value`, or the only path they have. sign: by default 1, but -1 for
-    `last` unless the tower averages its patches. n: labels per patch, at most. min_score: a label
-    is kept when its score is above it. shard: images per file, the most that a process which is
-    interrupted can lose. dtype: by default bfloat16 on a GPU. PAPER: its precision is not given.
-
     It ends with how well a sample of the labels agrees with the captions.
+
+    PAPER: the precision of the labels is not given.
+
+    data: samples in LLaVA's format, an image and a caption each
+    image_folder: where the samples' image paths begin
+    words: the list, a word or short phrase a line
+    out: the folder of the label store
+    encoder: clip-l-336, clip-l-224, siglip-384, a folder, or MODEL/WEIGHTS of open_clip
+    path: how patches are read: last, value or vv; by default last for OpenAI's weights, as in the
+        paper, unless they come as a folder; for all others value, or the only path they have
+    sign: of the cosines; by default 1, but -1 for the path last unless the tower averages patches
+    prompt: what CLIP reads for a word, which stands for {}
+    n: labels per patch, at most
+    min_score: a label is kept when its score is above it
+    shard: images per file, the most that a process which is interrupted can lose
+    dtype: by default bfloat16 on a GPU, else float32
     """
     if not 0 <= min_score < 1:
         raise UserError(
@@ -420,6 +430,7 @@ def extract(
         raise UserError(f"--prompt {prompt!r} has no {{}} for the word")
     samples = load_samples(data)
     word_list = read_words(words)
+    check_first_image(samples, image_folder)
     clip = load_encoder(encoder, rank_device())
     path = path or clip.default_path
     meta = encoder_preprocess(clip) | dict(
@@ -628,11 +639,7 @@ NO_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Kh
 def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger: str = ""):
     """Write the word list of Appendix C: the words of the captions, then those of the file `extra`.
 
-    A word of the captions is kept if it occurs min_count times or more; frequent words come first.
-    extra: another list, a word or short phrase a line, such as 2of12 of the 12dicts. Of both, stop
-    words and single letters are left out. tagger: a spaCy pipeline (en_core_web_sm); with it only
-    common nouns, adjectives, verbs and participles are kept; without, adverbs such as "quickly"
-    stay.
+    Frequent words come first. Of both lists, stop words and single letters are left out.
 
     Not all words name something visible. Of the 200 most frequent 95 % do in Flickr8k's captions,
     80 % in long captions that a model wrote, such as SEA-PRIME's: "appears", "possibly", "overall"
@@ -643,6 +650,13 @@ def write_words(data: str, out: str, extra: str = "", min_count: int = 5, tagger
     as they are written, in lower case: the lemma of "striped", an attribute, would be "stripe", a
     thing. min_count is not given; 5 drops typing errors. "About 4 million words" are taken for a
     slip: 0.6 million captions and 2of12 have some 40 thousand.
+
+    data: samples in LLaVA's format, an image and a caption each
+    out: the file to write, a word a line
+    extra: another list, a word or short phrase a line, such as 2of12 of the 12dicts
+    min_count: a word of the captions is kept if it occurs as often as this
+    tagger: a spaCy pipeline (en_core_web_sm), to keep only common nouns, adjectives, verbs and
+        participles; without it adverbs such as "quickly" stay
     """
     counts = collections.Counter()
     captions = (sample["conversations"][1]["value"] for sample in load_samples(data))

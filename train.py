@@ -58,9 +58,11 @@ from data import (
     LlavaDataset,
     UserError,
     add_flag,
+    check_first_image,
     cli,
     collate,
     digest,
+    find_data,
     image_of,
     load_samples,
     micro_batches,
@@ -369,6 +371,9 @@ def main(argv=None):
     lock = lock_out_dir(cfg)
     samples = load_samples(cfg.data, captions=cfg.stage == "pretrain")
     store = LabelStore(cfg.labels) if cfg.sea_weight > 0 else None
+    check_first_image(samples, cfg.image_folder)
+    if cfg.val_data:
+        find_data(cfg.val_data)
     facts = run_facts(samples, store)
     refuse_other_data(cfg, facts)
     refuse_differing_ranks(dataclasses.asdict(cfg) | facts)

@@ -18,7 +18,7 @@ import train
 from data import UserError, geometry
 from model import load_model
 from tools import look
-from tools.look import draw_words, true_share
+from tools.look import draw_words, read_truth, true_share
 
 # ---------------------------------------------------------------------------------------- the page
 
@@ -34,7 +34,9 @@ def page(tmp_path):
         sky = [[("sky", 0.9), ("blue", 0.5)], [("blue", 0.4)], [], [("sky", 0.3)]]
         wall = [[("</script>", 0.2)], [("blue", 0.1), ("sky", 0.1)], [], []]
         panels_of[name] = {"baseline": sky, "SEA": wall}
-    draw_words(panels_of, tmp_path, 40, "square", (2, 2), tmp_path / "new/out.html")
+    truth = {"a.png": {"there": {0: ["sky"], 1: ["sky"]}}, "b.png": {"there": {0: ["wall", "sky"]}}}
+    seen = {"size": 40, "mode": "square"}
+    draw_words(panels_of, tmp_path, seen, (2, 2), tmp_path / "new/out.html", truth)
     return tmp_path / "new/out.html"
 
 
@@ -43,9 +45,9 @@ def test_a_page_holds_images_words_and_colors(page):
     assert text.count("</script>") == 1 and "http" not in text  # self-contained
     data = json.loads(re.search("const data = (.*);\n", text)[1])
     assert data["grid"] == [2, 2]
-    # blue is a color; of the others the word with the most and highest scores comes first
-    hues = {"sky": "hsl(0.0 45% 45%)", "</script>": "hsl(275.0 45% 45%)"}
-    assert data["colors"] == {"blue": "blue"} | hues
+    # blue is a color, and frequent; of the others the one with the highest scores comes first
+    grey = {"sky": "hsl(0 0% 30.00%)", "</script>": "hsl(0 0% 46.80%)"}
+    assert data["colors"] == {"blue": "blue"} | grey
     for image, name, color in zip(data["images"], ("a.png", "b.png"), ((255, 0, 0), (0, 0, 255))):
         assert image["name"] == name
         content = base64.b64decode(image["picture"].removeprefix("data:image/png;base64,"))
@@ -56,13 +58,16 @@ def test_a_page_holds_images_words_and_colors(page):
 
 def test_words_that_are_colors_get_them_and_no_color_is_used_twice(tmp_path):
     words = [f"word{i // 2}" for i in range(600)] + ["red", "chocolate", "rare"]
-    labels = [[(word, 1.0)] for word in words]
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    draw_words({"a.png": {"labels": labels}}, tmp_path, 8, "square", (1, 603), tmp_path / "a.jpg")
-    text = (tmp_path / "a.jpg.html").read_text()  # it is no picture
-    colors = json.loads(re.search("const data = (.*);\n", text)[1])["colors"]
-    assert colors["red"] == "red" and colors["chocolate"] == "chocolate"
-    assert len(colors) == len(set(colors.values())) == 303
+    for more_red, other in (0, "hsl(0.0 45% 45%)"), (100, "hsl(0 0% 30.00%)"):
+        labels = [[(word, 1.0)] for word in words] + [[("red", 0.1)]] * more_red
+        grid = (1, len(labels))
+        seen = {"size": 8, "mode": "square"}
+        draw_words({"a.png": {"labels": labels}}, tmp_path, seen, grid, tmp_path / "a.jpg")
+        text = (tmp_path / "a.jpg.html").read_text()  # it is no picture
+        colors = json.loads(re.search("const data = (.*);\n", text)[1])["colors"]
+        assert colors["red"] == "red" and colors["chocolate"] == "chocolate"
+        assert colors["word0"] == other and len(colors) == len(set(colors.values())) == 303
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="looks at the page in Chromium")
@@ -78,7 +83,7 @@ def test_a_page_in_a_browser(page):
         ["chromium", *flags, f"file://{page}"], capture_output=True, text=True, timeout=60
     )
     dom = browser.stdout.split("<script>")[0]
-    assert ">b.png</b>" in dom
+    assert ">2 of 2: b.png</b>" in dom
     assert dom.count('class="panel words"') == 2 and dom.count("<img") == 3
     assert dom.count("Row 0, column 1: ") == 2  # in both panels at once
     baseline, sea = dom.split('class="panel words"')[1:]
@@ -86,6 +91,9 @@ def test_a_page_in_a_browser(page):
     lit = r'style="background: rgb[^;]*; opacity: ([\d.]+)'
     assert re.findall(lit, baseline) == ["0.8", "0.8"] and re.findall(lit, sea) == ["0.4"]
     assert "sky 2" in baseline and "blue 1" in sea  # how often each is the top word
+    # of the lit patches where the first word is true; the page hides its word on frames otherwise
+    assert [baseline.count('class="true'), sea.count('class="true')] == [1, 0]
+    assert "hidden" not in re.search('<span id="frames"[^>]*>', dom)[0]
 
 
 def test_the_page_of_words_needs_no_matplotlib(tmp_path):
@@ -94,7 +102,8 @@ def test_the_page_of_words_needs_no_matplotlib(tmp_path):
         "import sys; sys.modules['matplotlib'] = sys.modules['sklearn'] = None\n"
         "from tools import look\n"
         "panels = {'x': [[('a', 1.0)]]}\n"
-        "look.draw_words({'a.png': panels}, sys.argv[1], 8, 'square', (1, 1), sys.argv[2])"
+        "seen = {'size': 8, 'mode': 'square'}\n"
+        "look.draw_words({'a.png': panels}, sys.argv[1], seen, (1, 1), sys.argv[2])"
     )
     Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
     root = Path(__file__).parent.parent
@@ -138,20 +147,21 @@ def test_words_of_a_page_are_the_nearest_in_cosine(run, world, looked):
         x_v = model.visual_tokens(pixels[None])[0].double()
         cosines = (x_v / x_v.norm(dim=1, keepdim=True)) @ features.T
         [(title, patches)] = image["panels"].items()
-        assert title == str(run) and len(patches) == 25
+        assert title == f"SEA: {run}" and len(patches) == 25
         for patch, row in zip(patches, cosines.tolist()):
             assert [word for word, _ in patch] == sorted(words, key=lambda w: -row[words.index(w)])
             assert [score for _, score in patch] == pytest.approx(sorted(row)[::-1], abs=6e-4)
 
 
 def test_two_models_side_by_side_and_their_true_words(run, tmp_path, looked, capsys):
-    """Panels have the paths as given; every word that is frequent is once what is true."""
+    """Panels name how a run was trained; every word that is frequent is once what is true."""
     early = f"{run}/checkpoints/step_3"
     flags = f"words --model {run} --baseline {early} --samples 4 --truth {tmp_path}/truth.json"
     truth = {f"{i}.png": {"patches": {str(p): ["none"] for p in range(25)}} for i in range(4)}
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     found, images = looked(flags)
-    assert [list(image["panels"]) for image in images] == [[early, str(run)]] * 4
+    assert [list(image["panels"]) for image in images] == [[f"SEA: {early}", f"SEA: {run}"]] * 4
+    assert images[0]["truth"] == {"patches": {str(p): ["none"] for p in range(25)}}
     assert list(found) == [early, str(run)] and found[early] != found[str(run)]
     assert found[early]["true"] == {"patches": 0, "all": 0}
     printed = capsys.readouterr().out.splitlines()
@@ -179,7 +189,7 @@ def test_words_of_two_runs_are_of_the_same_images(run, world, tmp_path, looked):
     config = json.loads((other / "config.json").read_text())
     samples = json.loads((world / "train.json").read_text())[::-1]
     (tmp_path / "reversed.json").write_text(json.dumps(samples))
-    config |= {"val_data": str(tmp_path / "reversed.json"), "labels": ""}
+    config |= {"val_data": str(tmp_path / "reversed.json"), "labels": "", "sea_weight": 0.0}
     (other / "config.json").write_text(json.dumps(config))
     flags = f"words --model {run} --samples 3 --images 2"
     _, alone = looked(flags)
@@ -188,7 +198,9 @@ def test_words_of_two_runs_are_of_the_same_images(run, world, tmp_path, looked):
     for image, image_alone in zip(beside, alone):
         panels = image["panels"]
         assert image["picture"] == image_alone["picture"]
-        assert panels[str(other)] == panels[str(run)] == image_alone["panels"][str(run)]
+        assert list(panels) == [f"captions only: {other}", f"SEA: {run}"]
+        first, second = panels.values()
+        assert first == second == image_alone["panels"][f"SEA: {run}"]
 
 
 def test_the_share_of_true_words_by_hand(tmp_path):
@@ -202,7 +214,9 @@ def test_the_share_of_true_words_by_hand(tmp_path):
         "c.png": {"object": {"0": ["sky"]}},  # not looked at
     }
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    shares = true_share(tmp_path / "truth.json", labels_of)
+    shares = true_share(read_truth(tmp_path / "truth.json", labels_of, 3), labels_of)
     assert shares == {"object": 1 / 2, "background": round(1 / 3, 3), "all": 2 / 5}
     with pytest.raises(UserError, match="not a truth file of these images .*d.png"):
-        true_share(tmp_path / "truth.json", {"d.png": []})
+        read_truth(tmp_path / "truth.json", ["d.png"], 3)
+    with pytest.raises(UserError, match="not a truth file of these images .*out of range"):
+        read_truth(tmp_path / "truth.json", ["a.png"], 2)  # of a coarser grid

@@ -448,7 +448,12 @@ def ablate(
 
     Labels are CLIP's best word of each patch; labels_10 are its ten best words, of which most are
     wrong. labels_10_uniform, _sharp and labels_3, the three best of these ten, are to be compared
-    with it. report: only the lines of Figure 3a, with the figures of docs/toy.md.
+    with it.
+
+    seeds: how many runs of each variant
+    out: the folder of the runs
+    group: which variants
+    report: only the baseline, SEA and stage 2 without a stage 1, with the figures of docs/toy.md
     """
     if report:
         import matplotlib  # noqa: F401

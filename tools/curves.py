@@ -1,8 +1,10 @@
-"""Pictures of training runs: curves over their steps, the embeddings of Figure 2, gains (Table 2).
+"""Pictures of training runs: curves over their steps, gains (Table 2), t-SNE (Figure 2).
 
-    python -m tools.curves --model out/pretrain --baseline out/pretrain_baseline
+    python -m tools.curves out/pretrain                           one run
+    python -m tools.curves out/pretrain_baseline out/pretrain     the baseline beside SEA
+    python -m tools.curves out/pretrain_baseline out/pretrain --tsne      and their embeddings
 
-Needs matplotlib, and scikit-learn for t-SNE.
+Needs matplotlib, and scikit-learn for --tsne.
 """
 
 import collections
@@ -20,35 +22,52 @@ from eval import encode_images, find_run, open_captions, read_log, step_in
 # ---------------------------------------------------------------------------------------- commands
 
 
-def compare(
-    model: str,
-    baseline: str,
+def draw(
+    runs: list[str],
     out: str = "figures",
+    tsne: bool = False,
     data: str = "",
     image_folder: str = "",
     samples: int = 100,
     llm: str = "",
     vision: str = "",
 ):
-    """Compare the baseline with SEA, by the results in the folders of their training runs.
+    """Draw what was measured in training runs, and print how far the others are above the first.
 
-    Prints all benchmarks measured for both, and the average of their relative gains (Table 2, where
-    it is 7.61 % for Gemma-2B). Draws, of stage 1, tsne.png (Figure 2) and curves.png (Figure 5:
-    TACS, and POPE if eval.py measured it for several checkpoints); of stage 2 curves.png (Figure
-    3a: what eval.py or lm-evaluation-harness measured for several checkpoints).
+    curves.png has the losses and whatever was measured at several steps: TACS, and what eval.py,
+    lmms-eval or lm-evaluation-harness found for several checkpoints (Figures 3a and 5). The average
+    relative gain is that over Table 2's benchmarks, where it is 7.61 % for Gemma-2B.
 
     PAPER: how MMLU is asked for Figure 3a is not said; 5 examples before each question are usual.
+
+    runs: folders of training runs, the baseline first
+    out: the folder of the pictures
+    tsne: draw tsne.png, too (Figure 2): visual tokens among the LLM's embeddings
+    data: captions of the t-SNE's images; by default those of the run
+    samples: how many of them
     """
+    folder = Path(out)
     histories = {}
     groups = {}
-    for kind, path in (("baseline", baseline), ("SEA", model)):
+    for path in runs:
         run = find_run(path, llm, vision)
         if not run.folder:
             raise UserError(f"{path}: not of a training run, whose metrics.jsonl can be drawn")
-        histories[kind] = history(run.folder)
-        if data or run.config["stage"] == "pretrain":
-            groups[kind] = token_groups(run, data, image_folder, samples)
-    draw_comparison(histories, groups, Path(out))
+        histories[path] = history(run.folder)
+        if tsne:
+            groups[path] = token_groups(run, data, image_folder, samples)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    others = set().union(*histories.values()) - TITLES.keys()
+    names = [*TITLES, *sorted(others)]
+    measures = {name: TITLES.get(name, name) for name in names if re.fullmatch(SCORES, name)}
+    each_alone = {path: [values] for path, values in histories.items()}  # lists of one seed
+    draw_curves(each_alone, measures, folder / "curves.png")
+    if tsne:
+        draw_tsne(groups, folder / "tsne.png")
+    first, *others = runs
+    for other in others:
+        print_gains(first, histories[first], other, histories[other])
 
 
 @torch.no_grad()
@@ -126,63 +145,93 @@ def harness_scores(file):
     return scores
 
 
-# Names of the measures that are drawn: TACS, POPE's F1, and "... all" of each benchmark, but not
-# what is said of words: "true all" and, if the word "all" is frequent, "words all".
-SCORES = r"(val_)?tacs|pope f1|(?!words |true ).* all"
+# Names of the measures that are drawn: losses, TACS, POPE's F1, and "... all" of each benchmark,
+# but not what is said of words: "true all" and, if the word "all" is frequent, "words all".
+SCORES = r"loss_[ga]|val_loss|(val_)?tacs|pope f1|(?!words |true ).* all"
+TITLES = {
+    "loss_g": "caption loss L_g",
+    "loss_a": "contrastive loss L_a",
+    "val_loss": "caption loss, held-out samples",
+    "val_tacs": "TACS, held-out samples",
+    "tacs": "TACS",
+    "pope f1": "POPE, F1",
+}
+# Table 2's benchmarks: the measures that count for each, the first that was measured. They have the
+# names of lmms-eval's tasks; "pope f1" is of eval.py.
+TABLE_2 = {
+    "VQAv2": ["vqav2_val all"],
+    "TextVQA": ["textvqa_val all"],
+    "GQA": ["gqa all"],
+    "ScienceQA-IMG": ["scienceqa_img all"],
+    "MMBench": ["mmbench_en_dev_static all", "mmbench_en_dev all"],
+    "POPE": ["pope all", "pope f1"],
+    "VizWiz": ["vizwiz_vqa_val all"],
+    "MM-Vet": ["mmvet all"],
+}
 
 
-def draw_comparison(histories, groups, folder):
-    """Draw folder/tsne.png and folder/curves.png, and print the gains.
+def print_gains(first, before, other, after):
+    """Print the scores of two runs at their last common step, and the mean of the relative gains
+    of those in Table 2 that both were measured on. before, after: their histories."""
+    gains = {}
+    for name in before.keys() & after.keys():
+        is_score = re.fullmatch(SCORES, name) and "loss" not in name
+        steps = before[name].keys() & after[name].keys()
+        if is_score and steps:
+            gains[name] = (max(steps), before[name][max(steps)], after[name][max(steps)])
+    if not gains:
+        return
+    print(f"{first} -> {other}")
+    for name, (step, old, new) in sorted(gains.items()):
+        print(f"{name:30} {old:8.3f} -> {new:.3f} at step {step}")
 
-    histories: {"baseline": history, "SEA": history}. groups: of draw_tsne; there may be none.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if groups:
-        draw_tsne(groups, folder / "tsne.png")
-    measures = {name: name for name in histories["SEA"] if re.fullmatch(SCORES, name)}
-    seeds = {kind: [values] for kind, values in histories.items()}  # a list of one
-    draw_curves(seeds, measures, folder / "curves.png")
-    benchmarks = [name for name in measures if "tacs" not in name]
-    print_gains(histories["baseline"], histories["SEA"], benchmarks)
-
-
-def print_gains(before, after, measures):
-    """Print what two histories have of these measures at their last common step, and the mean of
-    the relative gains; measures that were 0 have none."""
-    gains = []
-    for name in measures:
-        for step in sorted(before.get(name, {}).keys() & after[name].keys())[-1:]:
-            old = before[name][step]
-            new = after[name][step]
-            print(f"{name:30} {old:8.3f} -> {new:.3f} at step {step}")
-            if old:
-                gains.append(new / old - 1)
-    if gains:
-        print(f"average relative gain of {len(gains)} benchmarks: {np.mean(gains):+.2%}")
+    of_table_2 = []
+    for names in TABLE_2.values():
+        found = [gains[name] for name in names if name in gains]
+        if found and found[0][1]:  # of zero there is no share
+            _, old, new = found[0]
+            of_table_2.append(new / old - 1)
+    if of_table_2:
+        mean = np.mean(of_table_2)
+        print(f"average relative gain of {len(of_table_2)} of Table 2's 8 benchmarks: {mean:+.2%}")
 
 
 def draw_curves(runs, measures, file):
     """Measures over the steps of training, a panel each: mean over seeds, their range as a band.
 
-    runs: {kind: [history of each seed]}, measures: {measure: title}. Measures that any run has at
-    fewer than two steps are left out.
+    runs: {kind: [history of each seed]}, measures: {measure: title}. A run that has a measure at
+    fewer than two steps has no line. Of more than 50 steps averages are drawn.
     """
     import matplotlib.pyplot as plt
 
-    all_seeds = sum(runs.values(), [])
-    names = [name for name in measures if all(len(seed.get(name, ())) > 1 for seed in all_seeds)]
-    if not names:
-        print(f"no {file}: it takes a measure at several steps of every run (--val_data)")
+    lines = collections.defaultdict(dict)
+    for name in measures:
+        for kind, seeds in runs.items():
+            common = set.intersection(*(set(seed.get(name, ())) for seed in seeds))
+            if len(common) > 1:
+                lines[name][kind] = common
+    if not lines:
+        print(f"no {file}: it takes a measure at several steps of a run")
         return
 
-    width = 5 * len(names)
-    figure, panels = plt.subplots(1, len(names), squeeze=False, figsize=(width, 4))
-    for axes, name in zip(panels[0], names):
-        for kind, seeds in runs.items():
-            steps = sorted(set.intersection(*(set(seed[name]) for seed in seeds)))
+    columns = min(4, len(lines))
+    rows = math.ceil(len(lines) / columns)
+    size = (5 * columns, 4 * rows)
+    figure, panels = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
+    for axes in panels.flat[len(lines) :]:
+        axes.remove()
+    for axes, (name, kinds) in zip(panels.flat, lines.items()):
+        for number, (kind, seeds) in enumerate(runs.items()):
+            if kind not in kinds:
+                continue
+            steps = np.array(sorted(kinds[kind]))
             values = np.array([[seed[name][step] for step in steps] for seed in seeds])
-            axes.plot(steps, values.mean(0), marker="o", markersize=3, label=kind)
-            axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2)
+            parts = np.array_split(np.arange(len(steps)), min(50, len(steps)))
+            steps = np.array([steps[part].mean() for part in parts])
+            values = np.stack([values[:, part].mean(1) for part in parts], 1)
+            color = f"C{number}"  # a run's is the same in all panels
+            axes.plot(steps, values.mean(0), color, marker="o", markersize=3, label=kind)
+            axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2)
         axes.set(title=measures[name], xlabel="steps")
         axes.legend()
     save_figure(figure, file)
@@ -226,7 +275,7 @@ def save_figure(figure, file):
 
 
 def main(argv=None):
-    run_command(__doc__, compare, argv)
+    run_command(__doc__, draw, argv)
 
 
 if __name__ == "__main__":

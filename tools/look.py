@@ -62,10 +62,16 @@ def look_at_labels(
     """Write a page with some images and their labels, and print what up to 500 images' are like.
 
     That is how many patches have a label, the most frequent top words, and how well they agree with
-    the captions (caption_agreement), which judges labels without knowing the truth. compare:
-    also of new labels by each path and sign of the encoder, which takes minutes on a GPU. images:
-    how many are on the page, at most. truth: a JSON file of true words, as tools/toy.py writes it,
-    for the share of top words that are true. data, image_folder: if they have moved.
+    the captions (caption_agreement), which judges labels without knowing the truth.
+
+    labels: a label store
+    out: the web page to write
+    images: how many are on the page, at most
+    truth: a JSON file of true words, as tools/toy.py writes it, to say how many top words are true
+    compare: print the same of new labels by each path and sign of the encoder; takes minutes on a
+        GPU
+    data: the samples that were labelled, if they have moved
+    image_folder: their images, if they have moved
     """
     store = LabelStore(labels)
     meta = store.meta
@@ -78,7 +84,9 @@ def look_at_labels(
 
     drawn = files[:: math.ceil(len(files) / images)]
     panels_of = {file: {"labels": labels_of[file]} for file in drawn}
-    draw_words(panels_of, image_folder, meta["size"], meta["mode"], meta["grid"], out)
+    seen = {"size": meta["size"], "mode": meta["mode"]}
+    truth_of = read_truth(truth, files, math.prod(meta["grid"]))
+    draw_words(panels_of, image_folder, seen, meta["grid"], out, truth_of)
 
     captions = [samples[row]["conversations"][1]["value"] for row in rows]
     print(f"{len(store):,} images, {len(store.words):,} words; of {len(rows)} of the images:")
@@ -98,7 +106,7 @@ def look_at_labels(
         )
         if truth:
             labels_of = with_words(files, store.words, ids, scores)
-            print("true:", true_share(truth, labels_of))
+            print("true:", true_share(truth_of, labels_of))
 
 
 def try_paths(store, samples, image_folder, rows):
@@ -131,14 +139,17 @@ def look_at_words(
 ):
     """Nearest word of every visual token, as in Figure 1a: the shares of the most frequent words.
 
-    words, data and image_folder are by default those of --model, for the baseline too. truth: a
-    truth.json, for the share of true words. out: a web page with the first `images` images, and the
-    ten nearest words of each visual token, baseline and model side by side.
-    llm, vision: where the parts of a stage 1 are, if they have moved.
+    words, data and image_folder are by default those of --model, for the baseline too.
     -> {path of a run: what is printed of it}.
+
+    baseline: another run, to be shown beside --model
+    truth: a JSON file of true words, as tools/toy.py writes it: how many words are true, and where
+    images: how many are on the page, at most
+    out: the web page: ten nearest words of each visual token, baseline and model side by side
     """
     runs = [find_run(path, llm, vision) for path in (baseline, model) if path]
     word_list = find_words(runs[-1], words)
+    read_truth(truth, [], 0)  # is it there? said before a model is loaded
     data, image_folder = find_captions(runs[-1], data, image_folder)
     results = {}
     panels_of = collections.defaultdict(dict)
@@ -150,17 +161,25 @@ def look_at_words(
         shape = (len(files), -1, 10)
         labels_of = with_words(files, word_list, ids.view(shape), scores.view(shape))
         for file in files[:images]:
-            panels_of[file][run.path] = labels_of[file]
+            panels_of[file][title_of(run)] = labels_of[file]
 
         result = {"words": word_shares(ids[:, 0], word_list)}
+        truth_of = read_truth(truth, files, math.prod(sea.grid))
         if truth:
-            result["true"] = true_share(truth, labels_of)
+            result["true"] = true_share(truth_of, labels_of)
         print(run.path)
         results[run.path] = save_result(run, result)
 
-    seen = sea.preprocess  # by --model
-    draw_words(panels_of, image_folder, seen["size"], seen["mode"], sea.grid, out)
+    seen = {name: sea.preprocess[name] for name in ("size", "mode")}  # by --model
+    draw_words(panels_of, image_folder, seen, sea.grid, out, truth_of)
     return results
+
+
+def title_of(run):
+    """What stands above a run's panel: its path, and in stage 1 whether it was trained with SEA."""
+    if run.config.get("stage") != "pretrain":
+        return run.path
+    return f"{'SEA' if run.config['sea_weight'] else 'captions only'}: {run.path}"
 
 
 # --------------------------------------------------------------------------------- words and truth
@@ -177,22 +196,37 @@ def with_words(files, words, ids, scores):
     return labels_of
 
 
+def read_truth(file, images, patches):
+    """A JSON file of true words, as tools/toy.py writes it, of images of so many patches each.
+
+    -> {image: {kind: {patch: [true words]}}}, nothing without a file.
+    """
+    if not file:
+        return {}
+    try:
+        content = json.loads(Path(file).read_text())
+        truth = {}
+        for image in images:
+            truth[image] = {
+                kind: {range(patches)[int(patch)]: list(words) for patch, words in of_kind.items()}
+                for kind, of_kind in content[image].items()
+            }
+    except Exception as e:  # any other shape
+        raise UserError(f"--truth {file}: not a truth file of these images ({e!r})"[:300]) from e
+    return truth
+
+
 def true_share(truth, labels_of):
     """Share of the judged patches whose top word is true -> {kind: share, ..., "all": share}.
 
-    labels_of: of with_words. truth: a JSON file {image: {kind: {patch: [true words]}}}, as
-    tools/toy.py writes it.
+    truth: of read_truth, labels_of: of with_words.
     """
     hits = collections.defaultdict(list)
-    try:
-        truth_of = json.loads(Path(truth).read_text())
-        for image, labels in labels_of.items():
-            for kind, patches in truth_of[image].items():
-                for patch, accepted in patches.items():
-                    top_word = [word for word, _ in labels[int(patch)]][:1]
-                    hits[kind].append(not set(top_word).isdisjoint(accepted))
-    except Exception as e:  # any other shape
-        raise UserError(f"--truth {truth}: not a truth file of these images ({e!r})"[:300]) from e
+    for image, labels in labels_of.items():
+        for kind, patches in truth[image].items():
+            for patch, accepted in patches.items():
+                top_word = [word for word, _ in labels[patch]][:1]
+                hits[kind].append(not set(top_word).isdisjoint(accepted))
     hits["all"] = sum(hits.values(), [])
     return {kind: round(float(np.mean(is_true)), 3) for kind, is_true in hits.items()}
 
@@ -200,35 +234,52 @@ def true_share(truth, labels_of):
 # ---------------------------------------------------------------------------------------- the page
 
 
-def draw_words(panels_of, image_folder, size, mode, grid, file):
+def draw_words(panels_of, image_folder, seen, grid, file, truth=None):
     """Patches in the colors of their words (Figure 1a): a web page in one file, for any browser.
 
-    panels_of: {image: {title: the labels of each patch, as of with_words}}. size, mode: of
-    data.geometry, which gives the pixels that the encoder saw. grid: (H, W) patches.
+    panels_of: {image: {title: the labels of each patch, as of with_words}}. seen: the size and mode
+    of data.geometry, which give the pixels that the encoder saw. grid: (H, W) patches. truth: of
+    read_truth; patches whose first word is true are framed.
     """
-    counts = collections.Counter()
-    for panels in panels_of.values():
-        for labels in itertools.chain(*panels.values()):
-            counts.update(dict(labels))  # adds up scores
-    colors = {}
-    for number, (word, _) in enumerate(counts.most_common()):
-        # "red" is red. The golden angle parts the hues of the first of the other words best.
-        is_color = word in ImageColor.colormap
-        colors[word] = word if is_color else f"hsl({137.508 * number % 360:.1f} 45% 45%)"
-
     shown = []
     for name, panels in panels_of.items():
         image = read_image(Path(image_folder, name))
-        pixels = geometry(image, size, mode, mean=(0, 0, 0), std=(1, 1, 1))
+        pixels = geometry(image, **seen, mean=(0, 0, 0), std=(1, 1, 1))
         png = io.BytesIO()
         to_pil_image(pixels.clamp(0, 1)).save(png, "PNG")
         picture = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        shown.append({"name": name, "picture": picture, "panels": panels})
-    content = json.dumps({"grid": grid, "colors": colors, "images": shown})
+        true = truth[name] if truth else {}
+        shown.append({"name": name, "picture": picture, "panels": panels, "truth": true})
+    content = json.dumps({"grid": grid, "colors": colors_of(panels_of), "images": shown})
     content = content.replace("<", r"\u003c")  # no word ends the script
     page = Path(f"{file}".removesuffix(".html") + ".html")
     write_file(page, PAGE.replace("DATA", content))
     print(f"wrote {page}")
+
+
+def colors_of(panels_of):
+    """A CSS color for each word of a page: "red" is red.
+
+    Where colors are among the frequent words, as on the toy, the others are grey, for a hue would
+    say what they do not mean. Elsewhere they have hues.
+    """
+    scores = collections.Counter()
+    tops = collections.Counter()
+    for panels in panels_of.values():
+        for labels in itertools.chain(*panels.values()):
+            scores.update(dict(labels))  # adds up scores
+            tops.update(word for word, _ in labels[:1])
+    words = [word for word, _ in scores.most_common()]
+    others = [word for word in words if word not in ImageColor.colormap]
+    shows_colors = sum(tops[word] for word in others) < 0.9 * tops.total()
+
+    colors = {word: word for word in words}
+    for number, word in enumerate(others):
+        if shows_colors:  # the golden ratio parts the first of the words best
+            colors[word] = f"hsl(0 0% {30 + 61.8034 * number % 45:.2f}%)"
+        else:  # and so does the golden angle
+            colors[word] = f"hsl({137.508 * number % 360:.1f} 45% 45%)"
+    return colors
 
 
 PAGE = r"""<!doctype html>
@@ -245,12 +296,13 @@ PAGE = r"""<!doctype html>
     font-size: 11px; color: white; text-shadow: 0 0 2px black, 0 0 2px black }
   .word { display: inline-block; margin: 2px; padding: 1px 5px; border-left: 12px solid;
     background: #e8e8e8; cursor: pointer }
+  .true { box-shadow: inset 0 0 0 2px white }
   .here, .chosen { outline: 2px solid black; outline-offset: -2px }
   .labels { min-height: 5em }
 </style>
-<input id="slider" type="range" min="0" value="0"> <b id="name"></b>
+<label>Image <input id="slider" type="range" min="0" value="0"> <b id="name"></b></label>
 <p>Hover over a patch for its words and scores. Click a patch or a word to light up where the word
-  is; click again for all words.</p>
+  is; click again for all words. <span id="frames">A white frame: the word is true.</span></p>
 <div id="panels"></div>
 <script>
 const data = DATA;
@@ -306,6 +358,8 @@ function addPanel(image, title, patches) {
     const cell = add(grid, "", isLit && W <= 12 ? word : "");
     cell.style.background = isLit ? data.colors[word] : "";
     cell.style.opacity = word === top ? 0.8 : 0.4;
+    const isTrue = Object.values(image.truth).some((kind) => kind[patch]?.includes(top));
+    cell.classList.toggle("true", isLit && isTrue);
     cell.onmouseenter = () => showLabels(patch);
     cell.onclick = () => choose(top);
   });
@@ -315,7 +369,9 @@ function addPanel(image, title, patches) {
 
 function show() {
   const image = data.images[slider.value];
-  document.getElementById("name").textContent = image.name;
+  const place = `${Number(slider.value) + 1} of ${data.images.length}`;
+  document.getElementById("name").textContent = `${place}: ${image.name}`;
+  document.getElementById("frames").hidden = !Object.keys(image.truth).length;
   panels.textContent = "";
   const panel = add(panels, "panel", "image");
   add(panel, "", "", "img").src = image.picture;

@@ -230,7 +230,12 @@ def compare(functions, repeats):
 
 
 def time_search(patches: int = 4096, words: int = 400_000, dim: int = 768, repeats: int = 5):
-    """Time nearest_words on random unit vectors against the bare products of the same shapes."""
+    """Time nearest_words on random unit vectors against the bare products of the same shapes.
+
+    patches: how many
+    words: how many
+    dim: numbers of each vector
+    """
     device = rank_device()
     patch_embeds = F.normalize(torch.randn(patches, dim, device=device), dim=-1)
     word_embeds = F.normalize(torch.randn(words, dim, device=device), dim=-1)
@@ -272,9 +277,15 @@ def time_steps(
 ):
     """Time a step against transformers' Llava of the same weights on the same batch.
 
-    compile: a step with --compile against one without, in place of Llava's.
-    text: positions of a text. tower_layers: CLIP-L has 24; with fewer of them, what both do alike
-    hides less of the rest. Memory is the peak over what a step finds: weights and optimizer.
+    Memory is the peak over what a step finds: weights and optimizer.
+
+    llm: its shape
+    stage: pretrain or finetune
+    batch_size: samples of a micro-batch
+    text: positions of a text
+    grad_checkpoint: as in train.py
+    compile: a step with --compile against one without, in place of Llava's
+    tower_layers: CLIP-L has 24; with fewer of them, what both do alike hides less of the rest
     """
     settings = (llm, tower_layers, stage, batch_size, text, grad_checkpoint, compile)
     run, steps = make_steps(*settings)
@@ -332,7 +343,11 @@ def mix_lengths(samples):
 def time_packing(llm: LLM = "gemma-3-270m", batch_size: int = 4, ranks: int = 8, repeats: int = 3):
     """Time a step of stage 2 as it is against one whose sequences are padded to the longest.
 
-    Micro-batches are the first of stage 2's order on so many ranks, of lengths like LLaVA's mix.
+    Micro-batches are the first of stage 2's order, of lengths like LLaVA's mix.
+
+    llm: its shape
+    batch_size: samples of a micro-batch
+    ranks: whose order it is
     """
     has_image, words, positions = mix_lengths(200_000)
     order = grouped_order(np.where(has_image, words, -words), batch_size, ranks, 0, 0)
@@ -372,7 +387,11 @@ def pad(items):
 
 
 def gpu(out: str = "gpu.json", tiny: bool = False):
-    """The tests marked gpu, the search, packing, steps of two LLMs; writes a JSON file."""
+    """The tests marked gpu, the search, packing, steps of two LLMs; writes a JSON file.
+
+    out: that file
+    tiny: at shapes for a CPU, to try the command itself
+    """
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
     results = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     results["tests"] = subprocess.run(tests).returncode
