@@ -93,9 +93,15 @@ def lines_of_shell(text):
     """The command lines of a shell script: continued lines joined, variables filled in."""
     values = {"gpus": "8", "accum": "1", "llm": "gemma-2b", "run": "pretrain", "name": "pretrain"}
     values |= {"alignment_images": "images", "chat_images": "images", "out": "out", "steps": "9"}
-    values |= {"captions": "captions.jsonl", "chats": "chats.jsonl", "checkpoint": "out/pretrain"}
+    values |= {
+        "captions": "captions.jsonl",
+        "all_captions": "all.jsonl",
+        "chats": "chats.jsonl",
+        "checkpoint": "out/pretrain",
+    }
     text = text.replace("\\\n", " ").replace('"${flags[@]}"', "")
-    return re.sub(r"\$\{?(\w+)\}?", lambda m: values.get(m[1], m[0]), text).splitlines()
+    text = re.sub(r"\$\{?(\w+)\}?", lambda m: values.get(m[1], m[0]), text)
+    return text.replace(" || ", "\n").splitlines()
 
 
 def commands():
