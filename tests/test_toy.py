@@ -2,6 +2,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,3 +202,49 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("the worker outlived its parent")
+
+
+def test_the_demonstration_shows_what_was_measured(small, tmp_path, monkeypatch, capsys):
+    """The four steps on a small toy, three steps of training each; again, it trains nothing."""
+    shutil.copytree(small, tmp_path / "toy")
+    monkeypatch.chdir(tmp_path)
+    for file in (Path("toy/val.json"), Path("toy/pope/toy_pope_color.json")):  # fewer
+        is_list = file.name == "val.json"
+        text = file.read_text()
+        few = json.dumps(json.loads(text)[:8]) if is_list else "\n".join(text.splitlines()[:8])
+        file.write_text(few)
+    trained = []
+    main = train.main
+
+    def train_briefly(argv):
+        trained.append(argv)
+        main([*argv, "--max_steps", "3"])
+
+    monkeypatch.setattr(train, "main", train_briefly)
+    toy.main([])
+    assert [argv[argv.index("--out_dir") + 1] for argv in trained] == [
+        "out/toy_baseline",
+        "out/toy",
+    ]
+    assert ["--sea_weight" in argv for argv in trained] == [True, False]
+    said = capsys.readouterr().out
+    assert re.findall(r"^(\d) of 4: ", said, re.MULTILINE) == ["1", "2", "3", "4"]
+    assert "{" not in said and not re.search(r"\d\.\d{4}", said.split("4 of 4")[1])
+
+    measured = []
+    for run in ("out/toy_baseline", "out/toy"):
+        lines = map(json.loads, Path(run, "eval.jsonl").read_text().splitlines())
+        measured.append({name: value for line in lines for name, value in line.items()})
+    for title, value in (
+        ("true words, objects", lambda run: f"{run['true']['object']:.0%}"),
+        ("true words, backgrounds", lambda run: f"{run['true']['background']:.0%}"),
+        ("TACS (at most 1)", lambda run: f"{run['tacs']:.2f}"),
+        ("colors, yes or no (chance: 50%)", lambda run: f"{run['pope']['accuracy']:.0%}"),
+    ):
+        [line] = [line for line in said.splitlines() if line.startswith(title)]
+        assert line.removeprefix(title).split() == [value(run) for run in measured]
+    page = Path("words.html").read_text()
+    assert "captions only: out/toy_baseline" in page and "SEA: out/toy" in page
+
+    toy.main([])
+    assert len(trained) == 2

@@ -51,7 +51,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import train
 from data import UserError, cli, image_processor, load_samples, run_command
-from eval import eval_tacs
+from eval import eval_pope, eval_tacs
 from labels import LabelStore, extract
 from tools.look import look_at_words
 
@@ -63,24 +63,34 @@ def demonstrate():
     disable_progress_bar()  # of transformers
     print(
         "SEA on a laptop: the same adapter, trained on captions alone and with SEA. Four steps, "
-        "about three minutes.\n"
+        "about three minutes on two cores.\n"
     )
-    print("1 of 4: draw a world, train its CLIP and its language model, label its patches.")
+    print(
+        "1 of 4: draw a world, train its CLIP and its language model, label its patches; "
+        "about a minute and a half."
+    )
     ensure()
-    print("\n2 of 4: train the adapter on captions alone.")
+    print("\n2 of 4: train the adapter on captions alone; about half a minute.")
     train_once("out/toy_baseline", "--sea_weight", "0")
-    print("\n3 of 4: train it with SEA.")
+    print("\n3 of 4: train it with SEA; about half a minute.")
     train_once("out/toy")
-    print("\n4 of 4: which word of the language model is nearest to each visual token?")
+    print(
+        "\n4 of 4: which word of the language model is nearest to each visual token? And does it "
+        "know which colors are there? Seconds."
+    )
     runs = {"captions only": "out/toy_baseline", "SEA": "out/toy"}
+    colors = dict(data="toy/pope/toy_pope_color.json", image_folder="toy/images", prompt="")
     with redirect_stdout(io.StringIO()):  # each run's own numbers are in its eval.jsonl
         found = look_at_words(runs["SEA"], runs["captions only"], truth="toy/truth.json")
         scores = [eval_tacs(path, samples=250)["tacs"] for path in runs.values()]
+        answers = [eval_pope(path, **colors, workers=0)["pope"] for path in runs.values()]
     print(f"\n{'on held-out images':32}" + "".join(f"{kind:>15}" for kind in runs))
     for part in ("object", "background"):
         shares = "".join(f"{found[path]['true'][part]:15.0%}" for path in runs.values())
         print(f"{'true words, ' + part + 's':32}{shares}")
     print(f"{'TACS (at most 1)':32}" + "".join(f"{score:15.2f}" for score in scores))
+    right = "".join(f"{answer['accuracy']:15.0%}" for answer in answers)
+    print(f"{'colors, yes or no (chance: 50%)':32}{right}")
     print(
         "\nOpen words.html in a browser to see the words. Then teach it to answer, and ask:\n"
         "  python train.py --stage finetune --preset toy --init out/toy\n"
