@@ -70,7 +70,7 @@ def test_the_loss_in_a_trainer_of_ones_own(world, labels, tmp_path, monkeypatch)
 
 
 def test_the_sample_is_one_that_can_be_loaded(tmp_path):
-    [sample] = blocks("json")
+    [sample] = blocks("json", PAGES["questions.md"])
     (tmp_path / "data.jsonl").write_text(sample.replace("\n", " "))
     assert load_samples(tmp_path / "data.jsonl")[0]["image"] == "a/1.jpg"
 

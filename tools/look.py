@@ -296,7 +296,7 @@ PAGE = r"""<!doctype html>
     font-size: 11px; color: white; text-shadow: 0 0 2px black, 0 0 2px black }
   .word { display: inline-block; margin: 2px; padding: 1px 5px; border-left: 12px solid;
     background: #e8e8e8; cursor: pointer }
-  .true { box-shadow: inset 0 0 0 2px white }
+  .true { box-shadow: inset 0 0 0 1px black, inset 0 0 0 3px white }
   .here, .chosen { outline: 2px solid black; outline-offset: -2px }
   .labels { min-height: 5em }
 </style>
