@@ -640,10 +640,11 @@ def vision_preprocess(name):
 
 
 def check_first_image(samples, image_folder):
-    """UserError if the first sample's image cannot be read: said before a model is loaded."""
-    image = image_of(samples[0])
-    if image is not None:
-        read_image(Path(image_folder, image))
+    """UserError if the first image of samples cannot be read: said before a model is loaded."""
+    images = (image_of(sample) for sample in samples)
+    first = next((image for image in images if image is not None), None)
+    if first:
+        read_image(Path(image_folder, first))
 
 
 def read_image(file):
@@ -909,6 +910,7 @@ def run_command(doc, functions, argv=None):
     )
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, **options)
     if callable(functions):
+        parser.description += f"\n{parse_docstring(functions)[0]}"
         add_flags(parser, functions)
         function = functions
         args = vars(parser.parse_args(argv))
@@ -917,7 +919,7 @@ def run_command(doc, functions, argv=None):
         for name, function in functions.items():
             text, _ = parse_docstring(function)
             command = commands.add_parser(
-                name, help=text.splitlines()[0], description=text, allow_abbrev=False, **options
+                name, help=text.split("\n")[0], description=text, allow_abbrev=False, **options
             )
             add_flags(command, function)
         args = vars(parser.parse_args(argv))
@@ -934,7 +936,7 @@ def run_command(doc, functions, argv=None):
 
 def parse_docstring(function):
     """-> the docstring without its lines about parameters, and {parameter: what they say}."""
-    text = inspect.getdoc(function)
+    text = inspect.getdoc(function) or ""
     names = "|".join(inspect.signature(function).parameters)
     line = rf"^({names}): (.*(?:\n    .*)*)\n?"
     said = {name: " ".join(words.split()) for name, words in re.findall(line, text, re.MULTILINE)}
@@ -948,7 +950,7 @@ def add_flags(parser, function):
         if parameter.default is parameter.empty:
             help += " (required)"
         elif parameter.default != "":
-            help += f" (default: {parameter.default!r})"
+            help += f" (default: {parameter.default})"
         add_flag(parser, parameter, help)
 
 
@@ -957,6 +959,7 @@ def add_flag(parser, parameter, help):
 
     A flag that is not given stays out of the parser's result, so that Python's defaults hold.
     """
+    help = help.replace("%", "%%")
     if typing.get_origin(parameter.annotation) is list:
         parser.add_argument(parameter.name, nargs="+", help=help)
         return
@@ -966,5 +969,4 @@ def add_flag(parser, parameter, help):
     if kind is bool:
         options = {"action": argparse.BooleanOptionalAction}
     is_required = parameter.default is parameter.empty
-    help = help.replace("%", "%%")
     parser.add_argument(f"--{parameter.name}", required=is_required, help=help, **options)

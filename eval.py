@@ -580,6 +580,8 @@ def chat(model: str, image: str = "", max_new_tokens: int = 512, llm: str = "", 
 
     image: its file
     """
+    if image and not os.path.isfile(image):
+        raise UserError(f"--image {image}: no such file")
     if image:
         read_image(image)  # an error now rather than after the first question
     sea = open_model(find_run(model, llm, vision))

@@ -414,7 +414,8 @@ def extract(
     encoder: clip-l-336, clip-l-224, siglip-384, a folder, or MODEL/WEIGHTS of open_clip
     path: how patches are read: last, value or vv; by default last for OpenAI's weights, as in the
         paper, unless they come as a folder; for all others value, or the only path they have
-    sign: of the cosines; by default 1, but -1 for the path last unless the tower averages patches
+    sign: of the cosines; 0 stands for 1, but for -1 with the path last unless the tower averages
+        its patches
     prompt: what CLIP reads for a word, which stands for {}
     n: labels per patch, at most
     min_score: a label is kept when its score is above it

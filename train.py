@@ -688,7 +688,7 @@ def build_data(cfg, model, samples, store):
 
 
 def check_images(train_set, val_set):
-    """End a run before it begins if --image_folder is wrong or a validation image is broken."""
+    """End a run before it begins if its first or a validation sample is broken."""
     train_set[0]
     for i in range(rank(), len(val_set or ()), world_size()):
         val_set[i]

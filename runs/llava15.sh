@@ -23,8 +23,10 @@ bash runs/download_llava15.sh
 # 2. All samples and images are read once. It stops if there are bad ones and says where they are listed; started again,
 #    it goes on with the good ones.
 all_good=true
-[ -f $captions ] || python -m tools.check_data $captions --stage pretrain --llm "$llm" || all_good=false
-[ -f $chats ] || python -m tools.check_data $chats --stage finetune --llm "$llm" || all_good=false
+[ -f $captions ] || python -m tools.check_data $captions --stage pretrain --llm "$llm" ||
+    { [ -f $captions ] || exit 1; all_good=false; }
+[ -f $chats ] || python -m tools.check_data $chats --stage finetune --llm "$llm" ||
+    { [ -f $chats ] || exit 1; all_good=false; }
 $all_good
 
 # 3. The word list (Appendix C), then ten labels for each patch of each image (Sec. 3.1).

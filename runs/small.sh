@@ -13,8 +13,10 @@ chats=data/checked_chats.jsonl
 # are listed; started again, it goes on with the good ones.
 bash runs/download_llava15.sh
 all_good=true
-[ -f $all_captions ] || python -m tools.check_data $all_captions --stage pretrain --llm qwen3-0.6b || all_good=false
-[ -f $chats ] || python -m tools.check_data $chats --stage finetune --llm qwen3-0.6b || all_good=false
+[ -f $all_captions ] || python -m tools.check_data $all_captions --stage pretrain --llm qwen3-0.6b ||
+    { [ -f $all_captions ] || exit 1; all_good=false; }
+[ -f $chats ] || python -m tools.check_data $chats --stage finetune --llm qwen3-0.6b ||
+    { [ -f $chats ] || exit 1; all_good=false; }
 $all_good
 
 # Of the good captions a random tenth: 218 steps of 256.

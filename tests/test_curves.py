@@ -230,6 +230,24 @@ def test_figures_are_drawn_from_what_runs_left(flags, world, tmp_path, capsys, d
     assert not (tmp_path / "alone/tsne.png").exists()
 
 
+def test_a_run_that_has_no_model_yet_is_drawn(run_folder, tmp_path, drawn):
+    curves.main([str(run_folder), "--out", str(tmp_path / "f")])
+    [axes] = drawn["curves.png"].axes
+    assert [*axes.lines[0].get_ydata()] == [0.1, 0.2]
+
+
+def test_what_cannot_be_compared_is_said_before_models_are_loaded(run_folder, monkeypatch):
+    monkeypatch.setattr(curves, "token_groups", None)  # is not called
+    with pytest.raises(UserError, match="nowhere"):
+        curves.main([str(run_folder), "nowhere", "--tsne"])
+
+
+def test_tsne_of_llms_of_several_widths(tmp_path):
+    groups = {"a": {"text tokens": torch.ones(3, 4)}, "b": {"text tokens": torch.ones(3, 5)}}
+    with pytest.raises(UserError, match="several widths"):
+        draw_tsne(groups, tmp_path / "t.png")
+
+
 def test_the_papers_average_gain(tmp_path, capsys):
     """7.61 % on Gemma-2B, from the eight scores of Table 2; what else was measured is no part."""
     names = ["vqav2_val", "textvqa_val", "gqa", "scienceqa_img", "mmbench_en_dev_static", "pope"]

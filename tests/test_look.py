@@ -34,7 +34,8 @@ def page(tmp_path):
         sky = [[("sky", 0.9), ("blue", 0.5)], [("blue", 0.4)], [], [("sky", 0.3)]]
         wall = [[("</script>", 0.2)], [("blue", 0.1), ("sky", 0.1)], [], []]
         panels_of[name] = {"baseline": sky, "SEA": wall}
-    truth = {"a.png": {"there": {0: ["sky"], 1: ["sky"]}}, "b.png": {"there": {0: ["wall", "sky"]}}}
+    true = {0: ["wall", "sky"], 1: ["blue"]}  # sky is not true of 1, although it is among its words
+    truth = {"a.png": {"there": {0: ["sky"], 1: ["sky"]}}, "b.png": {"there": true}}
     seen = {"size": 40, "mode": "square"}
     draw_words(panels_of, tmp_path, seen, (2, 2), tmp_path / "new/out.html", truth)
     return tmp_path / "new/out.html"
@@ -91,7 +92,7 @@ def test_a_page_in_a_browser(page):
     lit = r'style="background: rgb[^;]*; opacity: ([\d.]+)'
     assert re.findall(lit, baseline) == ["0.8", "0.8"] and re.findall(lit, sea) == ["0.4"]
     assert "sky 2" in baseline and "blue 1" in sea  # how often each is the top word
-    # of the lit patches where the first word is true; the page hides its word on frames otherwise
+    # framed where the word that is shown is true
     assert [baseline.count('class="true'), sea.count('class="true')] == [1, 0]
     assert "hidden" not in re.search('<span id="frames"[^>]*>', dom)[0]
 

@@ -101,7 +101,7 @@ def lines_of_shell(text):
     }
     text = text.replace("\\\n", " ").replace('"${flags[@]}"', "")
     text = re.sub(r"\$\{?(\w+)\}?", lambda m: values.get(m[1], m[0]), text)
-    return text.replace(" || ", "\n").splitlines()
+    return text.replace(" ||", "\n").splitlines()
 
 
 def commands():
@@ -171,8 +171,8 @@ def test_scripts_are_whole_and_stop_at_the_first_error(script):
         ("", "pretrain"),
         ("--sea_weight 0", "pretrain_baseline"),
         ("--llm gemma-2b", "pretrain_gemma-2b"),
-        ("--vision siglip-384 --labels data/labels-siglip", "pretrain_siglip-384"),
-        ("--vision dinov2-224 --labels data/labels-224", "pretrain_dinov2-224"),
+        ("--vision siglip-384 --labels data/labels_siglip", "pretrain_siglip-384"),
+        ("--vision dinov2-224 --labels data/labels_224", "pretrain_dinov2-224"),
         ("--preset prime --llm llama-3-8b", "prime_llama-3-8b"),
     ],
 )

@@ -239,7 +239,7 @@ def test_the_demonstration_shows_what_was_measured(small, tmp_path, monkeypatch,
         ("true words, objects", lambda run: f"{run['true']['object']:.0%}"),
         ("true words, backgrounds", lambda run: f"{run['true']['background']:.0%}"),
         ("TACS (at most 1)", lambda run: f"{run['tacs']:.2f}"),
-        ("colors, yes or no (chance: 50%)", lambda run: f"{run['pope']['accuracy']:.0%}"),
+        ("colours, yes or no (chance: 50%)", lambda run: f"{run['pope']['accuracy']:.0%}"),
     ):
         [line] = [line for line in said.splitlines() if line.startswith(title)]
         assert line.removeprefix(title).split() == [value(run) for run in measured]

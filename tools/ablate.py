@@ -225,9 +225,9 @@ ALIGNMENT = {
 }
 PARTS = {
     "true every third word": "true words, every third",
-    "true other words": "others",
+    "true other words": "true words, others",
     "tacs every third word": "TACS, every third word",
-    "tacs other words": "others",
+    "tacs other words": "TACS, others",
 }
 BEFORE = ALIGNMENT | {"caption_loss": "caption loss"}
 ANSWERS = {
@@ -480,7 +480,9 @@ def ablate(
     folders = {name: f"{out}/{name}_0/pretrain" for name in MAIN_VARIANTS}
     groups = {name: token_groups(find_run(run)) for name, run in folders.items()}
     draw_tsne(groups, figures / "tsne.png")
-    look_at_words(folders["SEA"], folders["baseline"], out=f"{figures}/words.html")
+    look_at_words(
+        folders["SEA"], folders["baseline"], truth="toy/truth.json", out=f"{figures}/words.html"
+    )
 
 
 def main(argv=None):

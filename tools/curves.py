@@ -46,28 +46,38 @@ def draw(
     data: captions of the t-SNE's images; by default those of the run
     samples: how many of them
     """
+    import matplotlib  # noqa: F401  fails here rather than after the models are loaded
+
+    if tsne:
+        import sklearn  # noqa: F401
     folder = Path(out)
-    histories = {}
-    groups = {}
-    for path in runs:
-        run = find_run(path, llm, vision)
-        if not run.folder:
-            raise UserError(f"{path}: not of a training run, whose metrics.jsonl can be drawn")
-        histories[path] = history(run.folder)
-        if tsne:
-            groups[path] = token_groups(run, data, image_folder, samples)
+    histories = {path: history(folder_of_run(path)) for path in runs}
+    first, *others = runs
+    for other in others:
+        print_gains(first, histories[first], other, histories[other])
 
     folder.mkdir(parents=True, exist_ok=True)
-    others = set().union(*histories.values()) - TITLES.keys()
-    names = [*TITLES, *sorted(others)]
+    untitled = set().union(*histories.values()) - TITLES.keys()
+    names = [*TITLES, *sorted(untitled)]
     measures = {name: TITLES.get(name, name) for name in names if re.fullmatch(SCORES, name)}
     each_alone = {path: [values] for path, values in histories.items()}  # lists of one seed
     draw_curves(each_alone, measures, folder / "curves.png")
     if tsne:
+        found = {path: find_run(path, llm, vision) for path in runs}
+        groups = {
+            path: token_groups(run, data, image_folder, samples) for path, run in found.items()
+        }
         draw_tsne(groups, folder / "tsne.png")
-    first, *others = runs
-    for other in others:
-        print_gains(first, histories[first], other, histories[other])
+
+
+def folder_of_run(path):
+    """The out_dir of a run, which may have no model yet, or the one that a model is of."""
+    if Path(path, "metrics.jsonl").is_file():
+        return Path(path)
+    run = find_run(path)
+    if not run.folder:
+        raise UserError(f"{path}: not of a training run, whose metrics.jsonl can be drawn")
+    return run.folder
 
 
 @torch.no_grad()
@@ -251,6 +261,8 @@ def draw_tsne(groups, file, max_points=1000):
     import matplotlib.pyplot as plt
     from sklearn.manifold import TSNE
 
+    if len({x.shape[1] for tokens in groups.values() for x in tokens.values()}) > 1:
+        raise UserError("t-SNE takes runs of the same LLM: these have embeddings of several widths")
     parts = []
     for tokens in groups.values():
         for x in tokens.values():

@@ -140,7 +140,6 @@ def look_at_words(
     """Nearest word of every visual token, as in Figure 1a: the shares of the most frequent words.
 
     words, data and image_folder are by default those of --model, for the baseline too.
-    -> {path of a run: what is printed of it}.
 
     baseline: another run, to be shown beside --model
     truth: a JSON file of true words, as tools/toy.py writes it: how many words are true, and where
@@ -151,19 +150,18 @@ def look_at_words(
     word_list = find_words(runs[-1], words)
     read_truth(truth, [], 0)  # is it there? said before a model is loaded
     data, image_folder = find_captions(runs[-1], data, image_folder)
-    results = {}
+    results = {}  # what is printed of each run
     panels_of = collections.defaultdict(dict)
     for run in runs:
+        sea = None  # frees the baseline's memory
         sea, captions = open_captions(run, data, image_folder, samples)
         files = [sample["image"] for sample in captions.samples]
-        x_v = F.normalize(encode_images(sea, captions))
-        ids, scores = nearest_words(x_v, F.normalize(encode_words(sea, word_list)), 10, 1, -2)
-        shape = (len(files), -1, 10)
-        labels_of = with_words(files, word_list, ids.view(shape), scores.view(shape))
+        ids, scores = words_of_images(sea, captions, word_list)
+        labels_of = with_words(files, word_list, ids, scores)
         for file in files[:images]:
             panels_of[file][title_of(run)] = labels_of[file]
 
-        result = {"words": word_shares(ids[:, 0], word_list)}
+        result = {"words": word_shares(ids[..., 0].flatten(), word_list)}
         truth_of = read_truth(truth, files, math.prod(sea.grid))
         if truth:
             result["true"] = true_share(truth_of, labels_of)
@@ -173,6 +171,13 @@ def look_at_words(
     seen = {name: sea.preprocess[name] for name in ("size", "mode")}  # by --model
     draw_words(panels_of, image_folder, seen, sea.grid, out, truth_of)
     return results
+
+
+def words_of_images(model, captions, words):
+    """The ten nearest words of each visual token: numbers and cosines, both [images, m, 10]."""
+    x_v = F.normalize(encode_images(model, captions))
+    found = nearest_words(x_v, F.normalize(encode_words(model, words)), 10, 1, -2)
+    return (x.unflatten(0, (len(captions), -1)) for x in found)
 
 
 def title_of(run):
@@ -358,7 +363,7 @@ function addPanel(image, title, patches) {
     const cell = add(grid, "", isLit && W <= 12 ? word : "");
     cell.style.background = isLit ? data.colors[word] : "";
     cell.style.opacity = word === top ? 0.8 : 0.4;
-    const isTrue = Object.values(image.truth).some((kind) => kind[patch]?.includes(top));
+    const isTrue = Object.values(image.truth).some((kind) => kind[patch]?.includes(word));
     cell.classList.toggle("true", isLit && isTrue);
     cell.onmouseenter = () => showLabels(patch);
     cell.onclick = () => choose(top);

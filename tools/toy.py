@@ -76,7 +76,7 @@ def demonstrate():
     train_once("out/toy")
     print(
         "\n4 of 4: which word of the language model is nearest to each visual token? And does it "
-        "know which colors are there? Seconds."
+        "know which colours are there? Seconds."
     )
     runs = {"captions only": "out/toy_baseline", "SEA": "out/toy"}
     colors = dict(data="toy/pope/toy_pope_color.json", image_folder="toy/images", prompt="")
@@ -90,7 +90,7 @@ def demonstrate():
         print(f"{'true words, ' + part + 's':32}{shares}")
     print(f"{'TACS (at most 1)':32}" + "".join(f"{score:15.2f}" for score in scores))
     right = "".join(f"{answer['accuracy']:15.0%}" for answer in answers)
-    print(f"{'colors, yes or no (chance: 50%)':32}{right}")
+    print(f"{'colours, yes or no (chance: 50%)':32}{right}")
     print(
         "\nOpen words.html in a browser to see the words. Then teach it to answer, and ask:\n"
         "  python train.py --stage finetune --preset toy --init out/toy\n"
