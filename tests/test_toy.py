@@ -243,6 +243,8 @@ def test_the_demonstration_shows_what_was_measured(small, tmp_path, monkeypatch,
     ):
         [line] = [line for line in said.splitlines() if line.startswith(title)]
         assert line.removeprefix(title).split() == [value(run) for run in measured]
+        readme = Path(toy.__file__).parents[1] / "README.md"
+        assert f"\n{line[:32]}" in readme.read_text()
     page = Path("words.html").read_text()
     assert "captions only: out/toy_baseline" in page and "SEA: out/toy" in page
 

@@ -94,7 +94,8 @@ def demonstrate():
     print(
         "\nOpen words.html in a browser to see the words. Then teach it to answer, and ask:\n"
         "  python train.py --stage finetune --preset toy --init out/toy\n"
-        "  python eval.py chat --model out/toy_finetune --image toy/images/val/000000.png"
+        "  python eval.py chat --model out/toy_finetune --image toy/images/val/000000.png\n"
+        "  > Is there a red object?"
     )
 
 
