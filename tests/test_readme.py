@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import operator
 import re
 import shlex
 import subprocess
@@ -79,6 +80,18 @@ def test_the_lines_of_each_file_are_as_the_table_says():
     for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE):
         true = len((ROOT / name).read_text().splitlines())
         assert abs(true - int(lines)) <= 10, f"{name} has {true} lines"
+
+
+def test_the_code_that_the_readme_points_to_exists():
+    section = README.split("## Read the code")[1].split("What is in `tools/`")[0]
+    found = []
+    for name in re.findall(r"`([\w.]+)`", section):
+        if name.endswith(".py"):  # the names that follow are in it
+            module = importlib.import_module(name.removesuffix(".py"))
+            continue
+        operator.attrgetter(name)(module)
+        found.append(name)
+    assert {"SEAModel.forward", "nearest_words", "sea_loss", "train_step"} <= set(found)
 
 
 def test_links_lead_somewhere():
