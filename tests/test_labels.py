@@ -1628,9 +1628,9 @@ def drawn(monkeypatch):
 def test_show_draws_each_image_with_all_its_words(red_and_blue, tmp_path, drawn):
     folder = red_and_blue()
     look.main(["labels", "--labels", str(folder), "--out", f"{tmp_path}/out.html"])
-    [(panels_of, image_folder, *seen, file)] = drawn
-    assert (image_folder, file) == (str(tmp_path), f"{tmp_path}/out.html")
-    assert seen == [8, "square", [2, 2]]  # as they were labelled
+    [(panels_of, image_folder, seen, grid, file, truth)] = drawn
+    assert (image_folder, file, truth) == (str(tmp_path), f"{tmp_path}/out.html", {})
+    assert (seen, grid) == ({"size": 8, "mode": "square"}, [2, 2])  # as they were labelled
     top_words = []
     for i, panels in enumerate(panels_of.values()):
         top_words.append([found[0][0] if found else "" for found in panels["labels"]])
@@ -1649,9 +1649,9 @@ def test_show_draws_images_from_all_over_the_data(
     look.main(
         ["labels", "--labels", str(store), "--out", f"{tmp_path}/o.html", "--images", str(images)]
     )
-    [(panels_of, image_folder, size, mode, *_)] = drawn
+    [(panels_of, image_folder, seen, *_)] = drawn
     assert list(panels_of) == [samples[row]["image"] for row in rows]
-    assert (image_folder, size, mode) == (str(world / "images"), 30, "square")
+    assert (image_folder, seen) == (str(world / "images"), {"size": 30, "mode": "square"})
 
 
 def test_show_refuses_other_samples(world, store, samples, tmp_path, drawn):
