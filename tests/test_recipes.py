@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -121,15 +122,20 @@ def run_script(name, **variables):
             env=os.environ | variables | {"PATH": path},
             stdout=printed,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        while script.poll() is None:
-            for call in Path("calls").glob("*.call"):
-                words = call.read_text().splitlines()
-                commands.append(" ".join(words))
-                status = call_main(words)
-                call.unlink()
-                call.with_suffix(".status").write_text(str(status))
-            time.sleep(0.02)
+        try:
+            while script.poll() is None:
+                for call in Path("calls").glob("*.call"):
+                    words = call.read_text().splitlines()
+                    commands.append(" ".join(words))
+                    status = call_main(words)
+                    call.unlink()
+                    call.with_suffix(".status").write_text(str(status))
+                time.sleep(0.02)
+        finally:  # also if a command failed in a way of its own: stand-ins wait for an answer
+            if script.poll() is None:
+                os.killpg(script.pid, signal.SIGKILL)
         printed.seek(0)
         return script.returncode, printed.read(), commands
 
